@@ -1,0 +1,293 @@
+"""Kept pairs as plain arrays: the form in which a mask leaves torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Bool, Int32, Int64
+
+from sparseloom.trace.errors import TraceError
+
+# Rows of a head are expanded to booleans a piece at a time; this many cells is 16 MB.
+_CELLS = 1 << 24
+
+
+def allowed_pairs(
+    q_len: int,
+    kv_len: int,
+    *,
+    is_causal: bool = False,
+    key_padding: Bool[np.ndarray, "batch kv_len"] | None = None,
+) -> Int64[np.ndarray, "batch"]:
+    """Pairs (query, key) that causality (bottom-right aligned) and padding allow, per sequence.
+
+    `key_padding` is True where a key may be attended. Without it the result has one entry.
+    """
+    ends = _visible_ends(q_len, kv_len, is_causal)
+    return _prefix(key_padding, kv_len)[:, ends].sum(axis=1, dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MaskArrays:
+    """The kept key blocks of every query block, with the layout of `sparseloom.SparseMask`.
+
+    Row (b, h, i) keeps the key blocks `indices[offsets[b, h, i] : offsets[b, h, i + 1]]`, in
+    ascending order. Batch and heads may be 1 (shared) or the heads may be the number of KV heads.
+    Causality is recorded beside the kept blocks and not applied to them: a kept block may hold
+    pairs that causality forbids, and those are never counted.
+
+    Raises:
+        TraceError: the arrays contradict each other; the message names the first position.
+    """
+
+    indices: Int32[np.ndarray, "kept"]
+    offsets: Int64[np.ndarray, "batch heads rows_and_one"]
+    block_size: tuple[int, int]
+    q_len: int
+    kv_len: int
+    is_causal: bool = False
+
+    __hash__: ClassVar[None] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if min(self.block_size) < 1 or self.q_len < 1 or self.kv_len < 1:
+            raise TraceError(
+                "block_size, q_len and kv_len must be at least 1, got "
+                f"{self.block_size}, {self.q_len} and {self.kv_len}"
+            )
+        for name, wanted, axes in (("indices", np.int32, 1), ("offsets", np.int64, 3)):
+            array = getattr(self, name)
+            if array.dtype != wanted or array.ndim != axes:
+                raise TraceError(
+                    f"{name} must be {np.dtype(wanted)} with {axes} axes, "
+                    f"got {array.dtype} with {array.ndim}"
+                )
+        if self.offsets.shape[2] != self.q_blocks + 1:
+            raise TraceError(
+                f"offsets must have {self.q_blocks + 1} entries per head for {self.q_len} queries "
+                f"in blocks of {self.block_size[0]}, got {self.offsets.shape[2]}"
+            )
+        _check_offsets(self.offsets, self.indices.size)
+        _check_indices(self.indices, self.offsets, self.kv_blocks)
+
+    @property
+    def batch(self) -> int:
+        """Sequences that the mask tells apart (1 = shared)."""
+        return self.offsets.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """Heads that the mask tells apart (1 = shared, or the number of KV heads)."""
+        return self.offsets.shape[1]
+
+    @property
+    def q_blocks(self) -> int:
+        """Query blocks, the last of which may be ragged."""
+        return -(-self.q_len // self.block_size[0])
+
+    @property
+    def kv_blocks(self) -> int:
+        """Key blocks, the last of which may be ragged."""
+        return -(-self.kv_len // self.block_size[1])
+
+    @property
+    def nnz(self) -> int:
+        """Kept blocks over all rows."""
+        return self.indices.size
+
+    def row_lengths(self) -> Int64[np.ndarray, "batch heads q_blocks"]:
+        """Kept key blocks per query block."""
+        return np.diff(self.offsets, axis=2)
+
+    def kept_pairs(
+        self, key_padding: Bool[np.ndarray, "batch kv_len"] | None = None
+    ) -> Int64[np.ndarray, "mask_batch heads"]:
+        """Kept pairs that causality and padding allow, per sequence and mask head.
+
+        Nothing of size q_len × kv_len is made. The batch of the result is the larger one of the
+        mask and the padding.
+        """
+        rows, keys = self.block_size
+        whole = self.q_len % rows == 0 and self.kv_len % keys == 0
+        if whole and not self.is_causal and key_padding is None:
+            return (self.offsets[:, :, -1] - self.offsets[:, :, 0]) * (rows * keys)
+        prefix = _prefix(key_padding, self.kv_len)
+        ends = _visible_ends(self.q_len, self.kv_len, self.is_causal)
+        batch = _broadcast_batch(self.batch, prefix.shape[0])
+        lengths = self.row_lengths()
+        kept = np.zeros((batch, self.heads), np.int64)
+        for b, h in np.ndindex(batch, self.heads):
+            mask_b = min(b, self.batch - 1)
+            seen = prefix[min(b, prefix.shape[0] - 1)]
+            span = slice(self.offsets[mask_b, h, 0], self.offsets[mask_b, h, -1])
+            first = self.indices[span].astype(np.int64) * keys
+            last = np.minimum(first + keys, self.kv_len)
+            row = np.repeat(np.arange(self.q_blocks) * rows, lengths[mask_b, h])
+            for inside in range(rows):
+                query = row + inside
+                real = query < self.q_len
+                end = np.minimum(last, ends[np.minimum(query, self.q_len - 1)])
+                pairs = seen[np.maximum(end, first)] - seen[first]
+                kept[b, h] += int(pairs[real].sum())
+        return kept
+
+    def distinct_keys(
+        self, group: int, key_padding: Bool[np.ndarray, "batch kv_len"] | None = None
+    ) -> Int64[np.ndarray, "mask_batch heads"]:
+        """Keys needed by each `group` consecutive queries, counted once per group, summed.
+
+        It is the least number of key loads of hardware that works on `group` queries together.
+        """
+        if group < 1:
+            raise ValueError(f"group must be at least 1, got {group}")
+        padding_batch = 1 if key_padding is None else key_padding.shape[0]
+        batch = _broadcast_batch(self.batch, padding_batch)
+        found = np.zeros((batch, self.heads), np.int64)
+        for b, h in np.ndindex(batch, self.heads):
+            valid = None if key_padding is None else key_padding[min(b, padding_batch - 1)]
+            for keep in self._row_chunks(min(b, self.batch - 1), h, group):
+                if valid is not None:
+                    keep = keep & valid
+                starts = np.arange(0, keep.shape[0], group)
+                found[b, h] += int(np.logical_or.reduceat(keep, starts, axis=0).sum())
+        return found
+
+    def to_bool(self) -> Bool[np.ndarray, "batch heads q_len kv_len"]:
+        """Every kept pair as True, causality and padding not applied."""
+        keep = np.zeros((self.batch, self.heads, self.q_len, self.kv_len), np.bool_)
+        for b, h in np.ndindex(self.batch, self.heads):
+            keep[b, h] = self._rows(b, h, 0, self.q_blocks)
+        return keep
+
+    @classmethod
+    def from_bool(
+        cls,
+        keep: Bool[np.ndarray, "batch heads q_len kv_len"],
+        *,
+        block_size: tuple[int, int] = (1, 1),
+        is_causal: bool = False,
+    ) -> MaskArrays:
+        """Read a boolean mask; a block that is partly kept is an error."""
+        batch, heads, q_len, kv_len = keep.shape
+        rows, keys = block_size
+        q_blocks, kv_blocks = -(-q_len // rows), -(-kv_len // keys)
+        pad = ((0, 0), (0, 0), (0, q_blocks * rows - q_len), (0, kv_blocks * keys - kv_len))
+        shape = (batch, heads, q_blocks, rows, kv_blocks, keys)
+        some = np.pad(keep, pad, constant_values=False).reshape(shape).any(axis=(3, 5))
+        every = np.pad(keep, pad, constant_values=True).reshape(shape).all(axis=(3, 5))
+        if (some != every).any():
+            where = tuple(int(i) for i in np.argwhere(some != every)[0])
+            raise TraceError(f"block (batch, head, row, key) {where} is only partly kept")
+        offsets = np.zeros((batch, heads, q_blocks + 1), np.int64)
+        counts = some.sum(axis=3, dtype=np.int64)
+        ends = np.cumsum(counts.reshape(-1)).reshape(counts.shape)
+        offsets[:, :, 1:] = ends
+        offsets[:, :, 0] = ends[:, :, 0] - counts[:, :, 0]
+        indices = np.nonzero(some)[3].astype(np.int32)
+        return cls(indices, offsets, (rows, keys), q_len, kv_len, is_causal)
+
+    def _row_chunks(self, b: int, h: int, group: int) -> Iterator[Bool[np.ndarray, "rows kv_len"]]:
+        """The pairs of one head that causality allows, in pieces of whole groups and blocks."""
+        unit = int(np.lcm(self.block_size[0], group))
+        queries = max(unit, _CELLS // self.kv_len // unit * unit)
+        ends = _visible_ends(self.q_len, self.kv_len, self.is_causal)
+        for start in range(0, self.q_len, queries):
+            stop = min(start + queries, self.q_len)
+            rows = self.block_size[0]
+            keep = self._rows(b, h, start // rows, -(-stop // rows))
+            if self.is_causal:
+                keep &= np.arange(self.kv_len) < ends[start:stop, None]
+            yield keep
+
+    def _rows(self, b: int, h: int, first: int, last: int) -> Bool[np.ndarray, "rows kv_len"]:
+        """Query blocks first … last − 1 of one head as booleans per query and key."""
+        offsets = self.offsets[b, h, first : last + 1]
+        blocks = np.zeros((last - first, self.kv_blocks), np.bool_)
+        row = np.repeat(np.arange(last - first), np.diff(offsets))
+        blocks[row, self.indices[offsets[0] : offsets[-1]]] = True
+        rows, keys = self.block_size
+        stop = min(last * rows, self.q_len)
+        return blocks.repeat(keys, axis=1)[:, : self.kv_len].repeat(rows, axis=0)[
+            : stop - first * rows
+        ]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MaskArrays):
+            return NotImplemented
+        same = ("block_size", "q_len", "kv_len", "is_causal")
+        return (
+            all(getattr(self, name) == getattr(other, name) for name in same)
+            and np.array_equal(self.offsets, other.offsets)
+            and np.array_equal(self.indices, other.indices)
+        )
+
+    def __repr__(self) -> str:
+        rows, keys = self.block_size
+        return (
+            f"MaskArrays({self.batch}x{self.heads} heads, {self.q_len}x{self.kv_len}, blocks of "
+            f"{rows}x{keys}, {self.nnz} kept{', causal' if self.is_causal else ''})"
+        )
+
+
+def _visible_ends(q_len: int, kv_len: int, is_causal: bool) -> Int64[np.ndarray, "q_len"]:
+    """One past the last key that each query may see."""
+    if not is_causal:
+        return np.full(q_len, kv_len, np.int64)
+    return np.clip(np.arange(q_len, dtype=np.int64) + (kv_len - q_len) + 1, 0, kv_len)
+
+
+def _prefix(
+    key_padding: Bool[np.ndarray, "batch kv_len"] | None, kv_len: int
+) -> Int64[np.ndarray, "batch kv_len_and_one"]:
+    """Valid keys before each position."""
+    valid = np.ones((1, kv_len), np.bool_) if key_padding is None else key_padding
+    if valid.shape[1] != kv_len:
+        raise ValueError(f"key_padding must have {kv_len} keys, got {valid.shape[1]}")
+    return np.pad(np.cumsum(valid, axis=1, dtype=np.int64), ((0, 0), (1, 0)))
+
+
+def _broadcast_batch(mask: int, padding: int) -> int:
+    if mask != padding and 1 not in (mask, padding):
+        raise ValueError(f"key_padding must have 1 or {mask} sequences, got {padding}")
+    return max(mask, padding)
+
+
+def _check_offsets(offsets: Int64[np.ndarray, "batch heads rows_and_one"], kept: int) -> None:
+    flat = offsets.reshape(-1)
+    if flat.size == 0 or flat[0] != 0 or flat[-1] != kept:
+        ends = (int(flat[0]), int(flat[-1])) if flat.size else ()
+        raise TraceError(f"offsets must run from 0 to {kept} (the kept blocks), got {ends}")
+    falling = np.flatnonzero(np.diff(flat) < 0)
+    if falling.size:
+        where = tuple(int(i) for i in np.unravel_index(falling[0] + 1, offsets.shape))
+        raise TraceError(f"offsets must not fall, but do at (batch, head, row) {where}")
+    # Rows are contiguous: a head starts where the one before it ended.
+    heads = offsets.reshape(-1, offsets.shape[2])
+    gaps = np.flatnonzero(heads[1:, 0] != heads[:-1, -1])
+    if gaps.size:
+        where = divmod(int(gaps[0]) + 1, offsets.shape[1])
+        raise TraceError(f"offsets of (batch, head) {where} must start where the one before ends")
+
+
+def _check_indices(
+    indices: Int32[np.ndarray, "kept"],
+    offsets: Int64[np.ndarray, "batch heads rows_and_one"],
+    kv_blocks: int,
+) -> None:
+    outside = np.flatnonzero((indices < 0) | (indices >= kv_blocks))
+    if outside.size:
+        position = int(outside[0])
+        raise TraceError(
+            f"indices must be in [0, {kv_blocks}), got {int(indices[position])} "
+            f"at position {position}"
+        )
+    ascending = np.diff(indices) > 0
+    starts = np.unique(offsets[:, :, :-1])
+    starts = starts[(starts > 0) & (starts < indices.size)]
+    ascending[starts - 1] = True
+    bad = np.flatnonzero(~ascending)
+    if bad.size:
+        raise TraceError(f"indices must ascend within a row, but do not at position {bad[0] + 1}")
