@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sparseloom.mask import SparseMask
+    import sparseloom.mask
 
 _CHUNK = 1 << 21  # entries counted at a time: bounds the int64 temporaries to some 200 MB
 
@@ -71,7 +71,12 @@ class _Prefix:
 
 
 def entry_pairs(
-    mask: SparseMask, first: int, last: int, *, is_causal: bool, key_padding: Tensor | None
+    mask: sparseloom.mask.SparseMask,
+    first: int,
+    last: int,
+    *,
+    is_causal: bool,
+    key_padding: Tensor | None,
 ) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
     """Allowed pairs in each of the entries ``first … last - 1``, and the entries' flat rows.
 
@@ -82,7 +87,7 @@ def entry_pairs(
 
 
 def _entry_pairs(
-    mask: SparseMask, prefix: _Prefix, first: int, last: int, is_causal: bool
+    mask: sparseloom.mask.SparseMask, prefix: _Prefix, first: int, last: int, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
     bq, bk = mask.block_size
     starts = mask.offsets[..., :-1].reshape(-1).contiguous()
@@ -100,7 +105,10 @@ def _entry_pairs(
 
 
 def kept_pairs(
-    mask: SparseMask, *, is_causal: bool, key_padding: Bool[Tensor, "batch kv_len"] | None
+    mask: sparseloom.mask.SparseMask,
+    *,
+    is_causal: bool,
+    key_padding: Bool[Tensor, "batch kv_len"] | None,
 ) -> Int64[Tensor, "batch heads"]:
     """See ``SparseMask.kept_pairs``."""
     if key_padding is not None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Int, Int64
+from jaxtyping import Bool, Int, Int32, Int64
 from torch import Tensor
 
 
-def check_sizes(block_size: tuple[int, int], q_len: int, kv_len: int) -> None:
-    """Refuse lengths and block sides below 1."""
+def grid(block_size: tuple[int, int], q_len: int, kv_len: int) -> tuple[int, int]:
+    """Rows and columns of blocks; refuses lengths and block sides below 1."""
     if len(block_size) != 2 or any(not isinstance(n, int) or n < 1 for n in block_size):
         raise ValueError(f"block_size must be two integers of at least 1, got {block_size}")
     for name, value in (("q_len", q_len), ("kv_len", kv_len)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    return -(-q_len // block_size[0]), -(-kv_len // block_size[1])
 
 
 def check_rows(
@@ -82,19 +83,6 @@ def _place(offsets: Int64[Tensor, "batch heads rows_plus_1"], position: int) -> 
     bh, i = divmod(row, offsets.shape[2] - 1)
     b, h = divmod(bh, offsets.shape[1])
     return f"batch {b}, head {h}, row {i}, position {position - int(starts[row])}"
-
-
-def check_whole_blocks(
-    partly: Bool[Tensor, "batch heads q_blocks kv_blocks"], block_size: tuple[int, int]
-) -> None:
-    """Refuse blocks that are kept in part."""
-    if bool(partly.any()):
-        b, h, i, j = partly.nonzero()[0].tolist()
-        bq, bk = block_size
-        raise ValueError(
-            f"keep must be constant within each block of {bq}x{bk}, but the block at batch {b}, "
-            f"head {h}, query {i * bq}, key {j * bk} is kept in part"
-        )
 
 
 def four_dims(array: Bool[Tensor, "*batch_heads rows columns"], name: str) -> Tensor:
@@ -191,3 +179,48 @@ def as_slice(key: int | slice, size: int, name: str) -> slice | list[int]:
     if not -size <= key < size:
         raise IndexError(f"{name} must be in [{-size}, {size}), got {key}")
     return [key % size]
+
+
+def whole_blocks(
+    keep: Bool[Tensor, "batch heads q_len kv_len"], block_size: tuple[int, int]
+) -> Bool[Tensor, "batch heads q_blocks kv_blocks"]:
+    """One boolean per block; refuses blocks that are kept in part."""
+    bq, bk = block_size
+    if block_size == (1, 1):
+        return keep
+    pad = (0, -keep.shape[-1] % bk, 0, -keep.shape[-2] % bq)
+
+    def tiles(fill: bool) -> Tensor:
+        # The padding takes the value that does not decide, so that cut-off blocks count whole.
+        padded = torch.nn.functional.pad(keep, pad, value=fill)
+        return padded.unflatten(-1, (-1, bk)).unflatten(-3, (-1, bq))
+
+    some = tiles(False).any(-1).any(-2)
+    partly = some & ~tiles(True).all(-1).all(-2)
+    if bool(partly.any()):
+        b, h, i, j = partly.nonzero()[0].tolist()
+        raise ValueError(
+            f"keep must be constant within each block of {bq}x{bk}, but the block at batch {b}, "
+            f"head {h}, query {i * bq}, key {j * bk} is kept in part"
+        )
+    return some
+
+
+def transposed_rows(
+    indices: Int32[Tensor, " nnz"],
+    rows: Int64[Tensor, " nnz"],
+    grid: tuple[int, int, int, int],
+) -> tuple[
+    Int32[Tensor, " nnz"], Int64[Tensor, "batch heads kv_blocks_plus_1"], Int64[Tensor, " nnz"]
+]:
+    """Key-major ``(indices, offsets)`` and the place of each of their entries in ``indices``.
+
+    ``rows`` are the flat rows of the entries, ``grid`` is (batch, heads, q_blocks, kv_blocks).
+    """
+    batch, heads, q_blocks, kv_blocks = grid
+    column = rows // q_blocks * kv_blocks + indices
+    # Entries are in row order, so a stable sort by column leaves the rows ascending.
+    order = column.argsort(stable=True)
+    counts = column.bincount(minlength=batch * heads * kv_blocks)
+    offsets = offsets_from_counts(counts.view(batch, heads, -1))
+    return (rows % q_blocks)[order].to(torch.int32), offsets, order

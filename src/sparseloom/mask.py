@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, final
+from typing import Any, NoReturn, TypeAlias, final
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Int, Int32, Int64
 from torch import Tensor
 
 from sparseloom import _mask_pairs, _mask_rows
+from sparseloom._mask_formats import MaskFormats
+from sparseloom._mask_pairs import allowed_pairs
 
-if TYPE_CHECKING:
-    import numpy as np
-    from plotly.graph_objects import Figure
-    from torch.nn.attention.flex_attention import BlockMask
+__all__ = ["SparseMask", "allowed_pairs"]
 
 BlockSize: TypeAlias = tuple[int, int]
 
 
 @final
-class SparseMask:
+class SparseMask(MaskFormats):
     """The kept (query, key) pairs, as ragged lists of key blocks.
 
     For each (batch, head, query block) the mask holds the ascending list of the key blocks
@@ -70,14 +67,12 @@ class SparseMask:
         validate: bool = True,
     ) -> None:
         if validate:
-            _mask_rows.check_sizes(block_size, q_len, kv_len)
+            rows, columns = _mask_rows.grid(block_size, q_len, kv_len)
             if indices.dtype != torch.int32:
                 raise TypeError(f"indices must be int32, got {indices.dtype}")
             if offsets.dtype != torch.int64:
                 raise TypeError(f"offsets must be int64, got {offsets.dtype}")
-            _mask_rows.check_rows(
-                indices, offsets, -(-q_len // block_size[0]), -(-kv_len // block_size[1])
-            )
+            _mask_rows.check_rows(indices, offsets, rows, columns)
         # The class is frozen, so the attributes are set past its own __setattr__.
         object.__setattr__(self, "indices", indices)
         object.__setattr__(self, "offsets", offsets)
@@ -195,18 +190,9 @@ class SparseMask:
         """
         keep = _mask_rows.four_dims(keep, "keep")
         q_len, kv_len = keep.shape[-2:]
-        _mask_rows.check_sizes(block_size, q_len, kv_len)
-        if block_size == (1, 1):
-            return cls.from_block_bool(keep, block_size=block_size, q_len=q_len, kv_len=kv_len)
-        pad = (0, -kv_len % block_size[1], 0, -q_len % block_size[0])
-
-        def tiles(fill: bool) -> Tensor:
-            tile = F.pad(keep, pad, value=fill)
-            return tile.unflatten(-1, (-1, block_size[1])).unflatten(-3, (-1, block_size[0]))
-
-        any_kept = tiles(False).any(-1).any(-2)
-        _mask_rows.check_whole_blocks(any_kept & ~tiles(True).all(-1).all(-2), block_size)
-        return cls.from_block_bool(any_kept, block_size=block_size, q_len=q_len, kv_len=kv_len)
+        _mask_rows.grid(block_size, q_len, kv_len)
+        blocks = _mask_rows.whole_blocks(keep, block_size)
+        return cls.from_block_bool(blocks, block_size=block_size, q_len=q_len, kv_len=kv_len)
 
     def to_bool(self) -> Bool[Tensor, "batch heads q_len kv_len"]:
         """The mask as a boolean array, True = kept."""
@@ -233,8 +219,7 @@ class SparseMask:
                 ``ceil(kv_len / bk)`` columns.
         """
         keep = _mask_rows.four_dims(keep_blocks, "keep_blocks")
-        _mask_rows.check_sizes(block_size, q_len, kv_len)
-        wanted = (-(-q_len // block_size[0]), -(-kv_len // block_size[1]))
+        wanted = _mask_rows.grid(block_size, q_len, kv_len)
         if keep.shape[-2:] != wanted:
             raise ValueError(
                 f"keep_blocks must end in {wanted} for q_len {q_len}, kv_len {kv_len} and "
@@ -242,9 +227,7 @@ class SparseMask:
             )
         columns = keep.reshape(-1, wanted[1]).nonzero()[:, 1].to(torch.int32)
         offsets = _mask_rows.offsets_from_counts(keep.sum(-1))
-        return cls(
-            columns, offsets, block_size=block_size, q_len=q_len, kv_len=kv_len, validate=False
-        )
+        return cls._from_rows(columns, offsets, block_size, q_len, kv_len, validate=False)
 
     def to_block_bool(self) -> Bool[Tensor, "batch heads q_blocks kv_blocks"]:
         """One boolean per block, True = kept."""
@@ -268,20 +251,12 @@ class SparseMask:
         device: torch.device | str | None = None,
     ) -> SparseMask:
         """The mask that keeps everything."""
-        _mask_rows.check_sizes(block_size, q_len, kv_len)
-        rows, columns = -(-q_len // block_size[0]), -(-kv_len // block_size[1])
-        indices = torch.arange(columns, dtype=torch.int32, device=device).repeat(
-            batch * heads * rows
-        )
+        rows, columns = _mask_rows.grid(block_size, q_len, kv_len)
+        one_row = torch.arange(columns, dtype=torch.int32, device=device)
         counts = torch.full((batch, heads, rows), columns, dtype=torch.int64, device=device)
-        return cls(
-            indices,
-            _mask_rows.offsets_from_counts(counts),
-            block_size=block_size,
-            q_len=q_len,
-            kv_len=kv_len,
-            validate=False,
-        )
+        offsets = _mask_rows.offsets_from_counts(counts)
+        indices = one_row.repeat(batch * heads * rows)
+        return cls._from_rows(indices, offsets, block_size, q_len, kv_len, validate=False)
 
     # ------------------------------------------------------------------- counting
 
@@ -300,7 +275,7 @@ class SparseMask:
     def density(
         self, *, is_causal: bool = False, key_padding: Bool[Tensor, "batch kv_len"] | None = None
     ) -> float:
-        """Kept pairs over allowed pairs, over all batch entries and heads (0 if none is allowed)."""
+        """Kept pairs over allowed pairs, all batch entries and heads; 0 if none is allowed."""
         kept = self.kept_pairs(is_causal=is_causal, key_padding=key_padding)
         allowed = _mask_pairs.allowed_pairs(
             self.q_len, self.kv_len, is_causal=is_causal, key_padding=key_padding
@@ -365,6 +340,17 @@ class SparseMask:
             f"kv_len={self.kv_len}, block_size={self.block_size}, kept={share:.2%})"
         )
 
+    def transpose(self) -> SparseMask:
+        """The key-major form: which query blocks each key block meets. Cached.
+
+        A mask with queries and keys exchanged, in lengths and in ``block_size``.
+        """
+        return self._transpose()[0]
+
+    def transpose_order(self) -> Int64[Tensor, " nnz"]:
+        """Place in ``indices`` of each entry of the transpose: values follow with ``v[order]``."""
+        return self._transpose()[1]
+
     # ---------------------------------------------------------------------- private
 
     @classmethod
@@ -380,8 +366,7 @@ class SparseMask:
     ) -> SparseMask:
         # Checked before the cast to int32, which would wrap values out of range around.
         if validate:
-            _mask_rows.check_sizes(block_size, q_len, kv_len)
-            rows, columns = -(-q_len // block_size[0]), -(-kv_len // block_size[1])
+            rows, columns = _mask_rows.grid(block_size, q_len, kv_len)
             _mask_rows.check_rows(flat, offsets, rows, columns)
         return cls(
             flat.to(torch.int32),
@@ -406,3 +391,16 @@ class SparseMask:
         """The (batch, head) pairs numbered ``chosen``, in that order."""
         indices, offsets = _mask_rows.choose(self.indices, self.offsets, chosen)
         return self._like(indices, offsets)
+
+    def _transpose(self) -> tuple[SparseMask, Tensor]:
+        if self._transposed is None:
+            indices, offsets, order = _mask_rows.transposed_rows(
+                self.indices,
+                self.entry_rows(),
+                (self.batch, self.heads, self.q_blocks, self.kv_blocks),
+            )
+            (bq, bk), lengths = self.block_size, (self.kv_len, self.q_len)
+            mask = SparseMask._from_rows(indices, offsets, (bk, bq), *lengths, validate=False)
+            object.__setattr__(self, "_transposed", (mask, order))
+            return mask, order
+        return self._transposed
