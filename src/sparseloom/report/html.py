@@ -1,0 +1,86 @@
+"""The self-contained HTML report: one file, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparseloom.report.figures import family
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading, a sentence that says how to read what follows, and figures."""
+
+    title: str
+    text: str
+    figures: tuple[go.Figure, ...] = ()
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    summary: Sequence[str],
+    results: Mapping[str, Any],
+    sections: Sequence[Section],
+    notes: Sequence[str],
+) -> None:
+    """Render the report to `path`; the file appears whole or not at all.
+
+    `results` is the machine-readable results (its rows become the table and its header the
+    conditions), `summary` a few sentences computed from them, `notes` what a reader must know to
+    judge the figures.
+    """
+    from jinja2 import Environment, PackageLoader, select_autoescape
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader("sparseloom.report"), autoescape=select_autoescape(), trim_blocks=True
+    )
+    environment.filters.update(number=_number, ratio=_ratio, family=family)
+    rendered = [
+        {
+            "title": section.title,
+            "text": section.text,
+            "figures": [
+                figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
+                for figure in section.figures
+            ],
+        }
+        for section in sections
+    ]
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        summary=summary,
+        results=results,
+        machines=sorted({name for row in results["rows"] for name in row.get("cycles") or {}}),
+        sections=rendered,
+        notes=notes,
+        plotlyjs=get_plotlyjs(),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(page, "utf-8")
+    part.replace(path)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """A table cell: thousands grouped above 10 000, `digits` decimals below."""
+    if value is None:
+        return "–"
+    if abs(value) >= 1e9:
+        return f"{value / 1e9:.2f} G"
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:.1f} M"
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.{digits}f}"
+
+
+def _ratio(theirs: float | None, ours: float | None) -> str:
+    """How many times faster ours is."""
+    return "–" if not theirs or not ours else f"{theirs / ours:.2f}×"

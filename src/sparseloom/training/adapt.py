@@ -1,0 +1,331 @@
+"""Fit a predictor to a model, then, if asked, fine-tune both with the mask in place.
+
+Liu et al. (IEEE TC 2022), §3: L = L_model + λ·L_predictor (equations 6 and 7).  Two phases:
+the predictor alone against the frozen dense model, then both together with the mask as a constant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparseloom.integrations import describe, sparsify
+from sparseloom.methods import AttentionInputs, Dense, DynamicSparse, Method, Predictor
+from sparseloom.training.loop import Batch, LoopSettings, make_accelerator, repeat, run_loop
+from sparseloom.training.losses import LOSSES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+    from sparseloom.mask import SparseMask
+
+LossName = Literal["kl", "mse"]
+ModelLoss = Callable[[Any, Batch], Tensor]
+
+
+def adapt(
+    model: PreTrainedModel,
+    method: DynamicSparse,
+    batches: Iterable[Batch],
+    *,
+    warmup_steps: int = 300,
+    joint_steps: int = 0,
+    loss: LossName = "kl",
+    loss_weight: float = 1.0,
+    gradient: Literal["predictor", "both"] | None = None,
+    lr: float = 1e-4,
+    predictor_lr: float = 2e-3,
+    query_rows: int | None = 256,
+    model_loss: ModelLoss | None = None,
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no",
+    seed: int = 0,
+    out: Path | str | None = None,
+    progress: bool = True,
+) -> DynamicSparse:
+    """Train the predictor of `method` (and with `joint_steps` > 0 the model itself, in place).
+
+    Args:
+        model: a supported Hugging Face model.  Left unchanged when `joint_steps` is 0.
+        method: its settings; a predictor it already has is trained further.
+        batches: keyword arguments of the model's forward, one dict per step.  A list is repeated,
+            any other iterable is drawn from once.  `labels` are needed for joint steps, unless
+            `model_loss` computes the loss.
+        warmup_steps: predictor-only steps against the frozen dense model.
+        joint_steps: steps of model and predictor together, attention masked by the method.
+        loss: `"kl"`, divergence of the attention distributions, or `"mse"`, equation 6.
+        loss_weight: λ of equation 7.
+        gradient: where the joint phase's predictor loss flows: `"predictor"` only (default for
+            KL) or into `"both"` sides, which also lowers the rank of the scores (the paper's
+            choice and the default for MSE).
+        lr, predictor_lr: peak AdamW learning rates of model and predictor.
+        query_rows: predictor-loss rows drawn per sequence and step; None takes all.
+        model_loss: (outputs, batch) → scalar; default `outputs.loss`.
+        mixed_precision: accelerate's name of the forward's precision.
+        seed: draws predictor weights and query rows.
+        out: folder for checkpoints; a run that was stopped continues there.
+        progress: show a progress bar.
+
+    Returns:
+        `method` with a trained predictor; `dataclasses.replace(result, sparsity=…)` runs the same
+        predictor at another sparsity.
+
+    Raises:
+        ValueError: steps or rates out of range, unknown loss, batches too few, or a checkpoint
+            of another run in `out`.
+    """
+    _check(warmup_steps, joint_steps, loss, lr, predictor_lr, query_rows)
+    accelerator = make_accelerator(mixed_precision)
+    predictor = method.predictor
+    if predictor is None:
+        shape = describe(model)
+        predictor = Predictor.for_shape(
+            layers=shape.layers,
+            hidden_size=shape.hidden_size,
+            heads=shape.heads,
+            head_dim=shape.head_dim,
+            projection=method.projection,
+            bits=method.bits,
+            rotary=method.rotary and shape.rotary,
+            seed=seed,
+        )
+    model.to(accelerator.device)
+    predictor.to(accelerator.device)
+    adapted = dataclasses.replace(method, predictor=predictor)
+    folder = None if out is None else Path(out)
+    source = repeat(batches)
+    rows = _RowSampler(query_rows, seed)
+
+    if warmup_steps:
+        with _frozen(model), sparsify(model, Dense(), observer=(seen := _Collector())):
+
+            def warm_up(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+                with torch.no_grad():
+                    model(**{k: v for k, v in batch.items() if k != "labels"})
+                value = predictor_loss(predictor, seen.take(), rows, loss, detach=True)
+                return value, {loss: value.item()}
+
+            predictor.train()
+            run_loop(
+                "warm-up",
+                warm_up,
+                source,
+                {"predictor": predictor},
+                [{"params": list(predictor.parameters()), "lr": predictor_lr}],
+                LoopSettings(warmup_steps),
+                accelerator=accelerator,
+                checkpoint=folder and folder / "warm-up.pt",
+                progress=progress,
+            )
+            predictor.eval()
+
+    if joint_steps:
+        finetune(
+            model,
+            adapted,
+            source,
+            steps=joint_steps,
+            loss=loss,
+            loss_weight=loss_weight,
+            gradient=gradient,
+            lr=lr,
+            predictor_lr=predictor_lr,
+            query_rows=query_rows,
+            model_loss=model_loss,
+            accelerator=accelerator,
+            seed=seed,
+            out=folder,
+            progress=progress,
+        )
+    return adapted
+
+
+def finetune(
+    model: PreTrainedModel,
+    method: Method,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    loss: LossName = "kl",
+    loss_weight: float = 1.0,
+    gradient: Literal["predictor", "both"] | None = None,
+    lr: float = 1e-4,
+    predictor_lr: float = 2e-3,
+    query_rows: int | None = 256,
+    model_loss: ModelLoss | None = None,
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no",
+    accelerator: Any = None,
+    seed: int = 0,
+    out: Path | str | None = None,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Fine-tune `model` in place with its attention run by `method`; returns the logged losses.
+
+    For `DynamicSparse` the loss is L_model + λ·L_predictor (equation 7) and its predictor learns
+    too; for every other method, `Dense()` included, it is L_model alone, which gives the control
+    of equal training.  Arguments are those of `adapt`.
+    """
+    _check(0, steps, loss, lr, predictor_lr, query_rows)
+    accelerator = accelerator or make_accelerator(mixed_precision)
+    model.to(accelerator.device)
+    predictor = method.predictor if isinstance(method, DynamicSparse) else None
+    detach = (gradient or ("predictor" if loss == "kl" else "both")) == "predictor"
+    rows = _RowSampler(query_rows, seed + 1)
+    seen = _Collector()
+    of_model = model_loss or _own_loss
+    modules: dict[str, nn.Module] = {"model": model}
+    groups: list[dict[str, Any]] = [{"params": _trainable(model), "lr": lr}]
+    if predictor is not None:
+        modules["predictor"] = predictor
+        groups.append({"params": list(predictor.parameters()), "lr": predictor_lr})
+
+    def joint(batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        task = of_model(model(**batch), batch)
+        values = {"loss": task.item()}
+        if predictor is None:
+            return task, values
+        extra = predictor_loss(predictor, seen.take(), rows, loss, detach=detach)
+        return task + loss_weight * extra, {**values, loss: extra.item()}
+
+    was_training = model.training
+    model.train()
+    observer = seen if predictor is not None else None
+    try:
+        with sparsify(model, method, observer=observer):
+            return run_loop(
+                f"fine-tune {method.name}",
+                joint,
+                iter(batches) if not isinstance(batches, (list, tuple)) else repeat(batches),
+                modules,
+                groups,
+                LoopSettings(steps),
+                accelerator=accelerator,
+                checkpoint=None if out is None else Path(out) / "fine-tune.pt",
+                progress=progress,
+            )
+    finally:
+        model.train(was_training)
+
+
+def predictor_loss(
+    predictor: Predictor,
+    calls: list[AttentionInputs],
+    rows: _RowSampler,
+    loss: LossName,
+    *,
+    detach: bool,
+) -> Tensor:
+    """Mean over layers of the predictor loss on sampled query rows, in fp32."""
+    total = torch.zeros((), device=calls[0].query.device)
+    with torch.autocast(calls[0].query.device.type, enabled=False):
+        for call in calls:
+            total = total + _layer_loss(predictor, call, rows, loss, detach)
+    return total / len(calls)
+
+
+def _layer_loss(
+    predictor: Predictor, call: AttentionInputs, rows: _RowSampler, loss: LossName, detach: bool
+) -> Tensor:
+    query, key, hidden = call.query.float(), call.key.float(), call.hidden_states
+    if hidden is None:
+        raise ValueError(f"hidden states of layer {call.layer} are missing: the model's attention "
+                         "module does not receive them, so no predictor can be trained")
+    hidden = hidden.float()
+    if detach:
+        query, key, hidden = query.detach(), key.detach(), hidden.detach()
+    q_len, kv_len = query.shape[2], key.shape[2]
+    chosen = rows.draw(q_len).to(query.device)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = query[:, :, chosen] @ key.transpose(-1, -2) * call.scale  # (B, H, rows, S)
+    low_q, low_k = predictor.layers[call.layer].project(hidden, call.rotary)
+    predicted = low_q[:, :, chosen] @ low_k.transpose(-1, -2)  # (B, H, rows, S)
+    columns = torch.arange(kv_len, device=query.device)
+    allowed = torch.ones(1, 1, len(chosen), kv_len, dtype=torch.bool, device=query.device)
+    if call.is_causal:
+        allowed = allowed & (columns <= (chosen + kv_len - q_len)[:, None])
+    if call.key_padding is not None:
+        allowed = allowed & call.key_padding[:, None, None, :]
+    return LOSSES[loss](scores, predicted, allowed)
+
+
+class _Collector:
+    """Observer that keeps the inputs of each attention call of one forward pass."""
+
+    def __init__(self) -> None:
+        self._calls: dict[int, AttentionInputs] = {}
+
+    def on_attention(
+        self, inputs: AttentionInputs, mask: SparseMask | None, output: Tensor
+    ) -> None:
+        self._calls[inputs.layer] = inputs  # by layer: recomputation must not count twice
+
+    def take(self) -> list[AttentionInputs]:
+        calls, self._calls = [self._calls[layer] for layer in sorted(self._calls)], {}
+        if not calls:
+            raise ValueError("batches: the model ran no attention layer on the last batch")
+        return calls
+
+
+class _RowSampler:
+    """Draws the query rows that the predictor loss looks at."""
+
+    def __init__(self, count: int | None, seed: int) -> None:
+        self._count = count
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, q_len: int) -> Tensor:
+        if self._count is None or self._count >= q_len:
+            return torch.arange(q_len)
+        return torch.randperm(q_len, generator=self._generator)[: self._count].sort().values
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode without gradients; both restored on exit."""
+    was_training = model.training
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        model.train(was_training)
+
+
+def _own_loss(outputs: Any, batch: Batch) -> Tensor:
+    if getattr(outputs, "loss", None) is None:
+        raise ValueError("batches need `labels` for joint steps, or pass model_loss")
+    return outputs.loss
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _check(
+    warmup_steps: int,
+    joint_steps: int,
+    loss: str,
+    lr: float,
+    predictor_lr: float,
+    query_rows: int | None,
+) -> None:
+    for name, steps in {"warmup_steps": warmup_steps, "joint_steps": joint_steps}.items():
+        if steps < 0:
+            raise ValueError(f"{name} must be 0 or more, got {steps}")
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
+    for name, rate in {"lr": lr, "predictor_lr": predictor_lr}.items():
+        if not rate > 0:
+            raise ValueError(f"{name} must be positive, got {rate}")
+    if query_rows is not None and query_rows < 1:
+        raise ValueError(f"query_rows must be 1 or more (or None for all), got {query_rows}")

@@ -1,0 +1,98 @@
+"""Save a model with its sparse method, and load both back.
+
+The folder is an ordinary Hugging Face folder: `config.json` gains one dict, `sparse`, which holds
+the method's settings, and `sparseloom.safetensors` holds what the method learned.  Any program
+that does not know sparseloom loads the dense model from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sparseloom.methods import DynamicSparse, Method, Predictor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS = "sparseloom.safetensors"
+
+
+def save(model: PreTrainedModel, method: Method, path: Path | str, *, overwrite: bool = False) -> None:
+    """Write model and method to the folder `path`.
+
+    The folder appears whole or not at all.  Raises FileExistsError when it exists and `overwrite`
+    is false.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"path: {path} exists; pass overwrite=True to replace it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    before = getattr(model.config, "sparse", None)
+    try:
+        model.config.sparse = method.to_dict()
+        model.save_pretrained(part)
+        save_method(method, part)
+        if path.exists():
+            shutil.rmtree(path)
+        part.rename(path)
+    finally:
+        if before is None:
+            del model.config.sparse
+        else:
+            model.config.sparse = before
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def load(path: Path | str) -> tuple[PreTrainedModel, Method]:
+    """Read what `save` wrote: the model (its own class, in eval mode) and the method.
+
+    Raises FileNotFoundError when there is no such folder and ValueError when it holds no method.
+    """
+    import transformers
+
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"path: no saved model in {path} (config.json is missing)")
+    config = transformers.AutoConfig.from_pretrained(path)
+    settings = getattr(config, "sparse", None)
+    if settings is None:
+        raise ValueError(f"path: {path} holds a model without a sparse method (config.sparse)")
+    names = config.architectures or []
+    cls = getattr(transformers, names[0], None) if names else None
+    if cls is None:
+        raise ValueError(f"path: {path} names no model class of transformers, got {names}")
+    return cls.from_pretrained(path).eval(), load_method(path, settings)
+
+
+def save_method(method: Method, folder: Path) -> None:
+    """Write what the method learned, if anything, as 16-bit safetensors into `folder`."""
+    if isinstance(method, DynamicSparse) and method.predictor is not None:
+        state = {name: tensor.contiguous() for name, tensor in method.predictor.state_dict().items()}
+        meta = {key: str(value) for key, value in method.predictor.shape().items()}
+        save_file(state, folder / WEIGHTS, metadata=meta)
+
+
+def load_method(folder: Path, settings: dict[str, object]) -> Method:
+    """The method of `settings` (its `to_dict`), with what `save_method` stored in `folder`."""
+    from safetensors import safe_open
+
+    method = Method.from_dict(settings)
+    file = folder / WEIGHTS
+    if not isinstance(method, DynamicSparse) or not file.exists():
+        return method
+    try:
+        with safe_open(file, framework="pt") as stream:
+            meta = stream.metadata() or {}
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"path: {file} is damaged ({error})") from error
+    predictor = Predictor.from_state(meta, state)
+    return dataclasses.replace(method, predictor=predictor)

@@ -1,0 +1,162 @@
+"""One resumable optimisation loop: learning rate, clipping, progress, checkpoints.
+
+accelerate chooses device and precision; torch has the optimisers.  The loop only owns the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = Mapping[str, Tensor]
+Step = Callable[[Batch], tuple[Tensor, dict[str, float]]]
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """How long and how boldly to train.  `warmup` is a share of `steps`; the rate then falls
+    linearly to a tenth.  `save_every` counts steps between checkpoints."""
+
+    steps: int
+    warmup: float = 0.05
+    grad_clip: float = 1.0
+    save_every: int = 50
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step as a share of its peak."""
+        rise = (step + 1) / max(1.0, self.warmup * self.steps)
+        return min(1.0, rise, 0.1 + 0.9 * (self.steps - step) / max(1, self.steps))
+
+
+def make_accelerator(mixed_precision: str) -> Any:
+    """An `accelerate.Accelerator`; its absence is one clear sentence."""
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise ImportError("training needs accelerate: pip install 'sparseloom[train]'") from error
+    return Accelerator(mixed_precision=mixed_precision)
+
+
+def run_loop(
+    name: str,
+    step: Step,
+    batches: Iterator[Batch],
+    modules: Mapping[str, nn.Module],
+    groups: list[dict[str, Any]],
+    settings: LoopSettings,
+    *,
+    accelerator: Any,
+    checkpoint: Path | None,
+    progress: bool,
+) -> list[dict[str, float]]:
+    """Run `step` on each batch, step the optimiser, and return what `step` logged.
+
+    `groups` are AdamW parameter groups with their own peak `lr`.  With a `checkpoint` file the
+    loop continues after the last saved step (the batches before it are drawn and dropped, so a
+    seeded iterator gives the same run); the file holds `modules`, optimiser and log.
+    """
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    peaks = [group["lr"] for group in optimiser.param_groups]
+    log: list[dict[str, float]] = []
+    first = 0
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        if state["name"] != name or state["steps"] != settings.steps:
+            raise ValueError(
+                f"out: {checkpoint} belongs to another run ({state['name']}, {state['steps']} "
+                f"steps; this one is {name}, {settings.steps} steps); choose a fresh folder"
+            )
+        for key, module in modules.items():
+            module.load_state_dict(state["modules"][key])
+        optimiser.load_state_dict(state["optimiser"])
+        log, first = state["log"], int(state["step"])
+
+    with _bar(name, settings.steps, first, progress) as advance:
+        for index in range(settings.steps):
+            batch = next(batches, None)
+            if batch is None:
+                raise ValueError(
+                    f"batches ended after {index} of the {settings.steps} {name} steps; "
+                    "pass a list (it is repeated) or a longer iterable"
+                )
+            if index < first:
+                continue
+            rate = settings.rate(index)
+            for group, peak in zip(optimiser.param_groups, peaks, strict=True):
+                group["lr"] = peak * rate
+            with accelerator.autocast():
+                loss, values = step({key: tensor.to(accelerator.device) for key, tensor in batch.items()})
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"{name}: the loss is {loss.item()} at step {index}")
+            accelerator.backward(loss)
+            parameters = [p for group in optimiser.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
+            optimiser.step()
+            optimiser.zero_grad()
+            log.append({"step": float(index + 1), **values})
+            advance(values)
+            done = index + 1
+            if checkpoint is not None and (done % settings.save_every == 0 or done == settings.steps):
+                _save(checkpoint, name, done, settings.steps, modules, optimiser, log)
+    return log
+
+
+def repeat(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """A list or tuple over and over; any other iterable once."""
+    if not isinstance(batches, (list, tuple)):
+        yield from batches
+        return
+    if not batches:
+        raise ValueError("batches must hold at least one batch, got an empty list")
+    while True:
+        yield from batches
+
+
+def _save(
+    path: Path,
+    name: str,
+    done: int,
+    steps: int,
+    modules: Mapping[str, nn.Module],
+    optimiser: torch.optim.Optimizer,
+    log: list[dict[str, float]],
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    state = {
+        "name": name,
+        "step": done,
+        "steps": steps,
+        "modules": {key: module.state_dict() for key, module in modules.items()},
+        "optimiser": optimiser.state_dict(),
+        "log": log,
+    }
+    torch.save(state, part)
+    part.replace(path)
+
+
+class _bar:
+    """A rich progress bar that shows the last logged values; silent when not wanted."""
+
+    def __init__(self, name: str, total: int, done: int, show: bool) -> None:
+        from rich.progress import Progress
+
+        self._progress = Progress(disable=not show, transient=True)
+        self._name = name
+        self._task = self._progress.add_task(name, total=total, completed=done)
+
+    def __enter__(self) -> Callable[[dict[str, float]], None]:
+        self._progress.start()
+        return self._advance
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _advance(self, values: dict[str, float]) -> None:
+        shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+        self._progress.update(self._task, advance=1, description=f"{self._name}  {shown}")
