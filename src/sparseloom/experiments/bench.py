@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, slots=True)
 class AttentionCase:
-    """One attention call: query (1, heads, q_len, head_dim), key and value (1, kv_heads, kv_len, ·).
+    """One attention call: query (1, heads, q_len, head_dim), key, value (1, kv_heads, kv_len, …).
 
     `sparsity` is the share of allowed key blocks that each query block drops.
     """
@@ -86,7 +86,7 @@ def measure_peak(dtype: torch.dtype, *, size: int = 1024, repeats: int = 5) -> P
 
 
 def random_mask(case: AttentionCase, seed: int) -> SparseMask:
-    """Each query block keeps ⌈(1 − sparsity)·allowed⌉ random key blocks, its last one among them."""
+    """Each query block keeps ⌈(1 − sparsity)·allowed⌉ random key blocks and always its last."""
     bq, bk = case.block_size
     rows, columns = -(-case.q_len // bq), -(-case.kv_len // bk)
     generator = np.random.default_rng(seed)
@@ -126,7 +126,7 @@ def bench_attention(
             selection and attention; the time does not depend on what the predictor learned).
         progress: called with a line per case.
 
-    A backend that does not take a case leaves a row with `ms` None and the reason as `note`.
+    A backend that does not take a case leaves a row with `record` and the reason as `note`.
 
     Raises:
         ValueError: an unknown or unusable backend.
@@ -170,7 +170,7 @@ def _bench_case(
 
     contenders: dict[str, Callable[[], Tensor]] = {"sdpa": dense}
     notes: dict[str, str] = {}
-    masks = {name: mask for name in backends}
+    masks: dict[str, SparseMask | None] = dict.fromkeys(backends, mask)
     for name in backends:
         try:
             given(name)()
@@ -190,18 +190,21 @@ def _bench_case(
         )
     with torch.inference_mode():
         times = interleave(contenders, repeats=repeats)
-    rows = [_row(case, "sdpa", None, times["sdpa"], times["sdpa"], peak, seed)]
-    for name in [*backends, *(["dynamic"] if "dynamic" in masks else [])]:
-        row = _row(case, name, masks[name], times.get(name), times["sdpa"], peak, seed)
-        rows.append({**row, "note": notes[name]} if name in notes else row)
-    return rows
+    masks["sdpa"] = None
+    return [
+        *(_row(case, name, masks[name], time, times["sdpa"], peak, seed)
+          for name, time in times.items()),
+        *({"record": "refused", "contender": name, "block_size": list(case.block_size),
+           "q_len": case.q_len, "kv_len": case.kv_len, "note": note}
+          for name, note in notes.items()),
+    ]  # fmt: skip
 
 
 def _row(
     case: AttentionCase,
     contender: str,
     mask: SparseMask | None,
-    time: Timing | None,
+    time: Timing,
     dense: Timing,
     peak: Peak,
     seed: int,
@@ -212,7 +215,7 @@ def _row(
     moved = width * case.head_dim * 2 * (case.heads * case.q_len + case.kv_heads * case.kv_len)
     if mask is not None:
         moved += 4 * mask.nnz
-    gflops = None if time is None else 4 * case.head_dim * pairs / time.ms / 1e6
+    gflops = 4 * case.head_dim * pairs / time.ms / 1e6
     return {
         "op": "attention",
         "path": "whole" if contender == "dynamic" else "given",
@@ -227,16 +230,16 @@ def _row(
         "density": full.density(is_causal=case.causal),
         "dtype": case.dtype,
         "causal": case.causal,
-        "ms": None if time is None else time.ms,
-        "spread": None if time is None else time.spread,
+        "ms": time.ms,
+        "spread": time.spread,
         "baseline": "sdpa",
         "baseline_ms": dense.ms,
-        "speedup": None if time is None else dense.ms / time.ms,
+        "speedup": dense.ms / time.ms,
         "gflops": gflops,
-        "gbytes_s": None if time is None else moved / time.ms / 1e6,
+        "gbytes_s": moved / time.ms / 1e6,
         "peak_gflops": peak.gflops,
         "peak_gbytes_s": peak.gbytes_s,
-        "peak_fraction": None if gflops is None else gflops / peak.gflops,
+        "peak_fraction": gflops / peak.gflops,
         "seed": seed,
     }
 

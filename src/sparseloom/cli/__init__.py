@@ -1,0 +1,5 @@
+"""The `sparseloom` command."""
+
+from sparseloom.cli.boundary import main
+
+__all__ = ["main"]

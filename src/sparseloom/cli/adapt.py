@@ -1,0 +1,149 @@
+"""`sparseloom adapt`: train the predictor of a model, and with it the model, and save both."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparseloom.cli.options import (
+    Data,
+    Json,
+    Model,
+    Seed,
+    TaskName,
+    Threads,
+    command_line,
+    set_threads,
+)
+from sparseloom.cli.output import Column, emit, number, percent, settings_text, value
+
+if TYPE_CHECKING:
+    from sparseloom.methods import Method
+    from sparseloom.models import LoadedModel
+    from sparseloom.tasks import Task
+
+
+class Loss(StrEnum):
+    """What the predictor is trained towards."""
+
+    kl = "kl"
+    mse = "mse"
+
+
+def adapt(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the adapted model.")],
+    model: Model = "stdlib",
+    task: TaskName = "stdlib",
+    method: Annotated[
+        str, typer.Option("--method", help="As dynamic:sparsity=0.9,projection=0.5,bits=4.")
+    ] = "dynamic:sparsity=0.9,projection=0.5",
+    data: Data = None,
+    warmup_steps: Annotated[
+        int, typer.Option("--warmup-steps", min=0, help="Predictor alone, model frozen.")
+    ] = 300,
+    joint_steps: Annotated[
+        int, typer.Option("--joint-steps", min=0, help="Model and predictor together.")
+    ] = 0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts per step.")] = 2,
+    length: Annotated[
+        int | None, typer.Option("--context", min=16, help="Tokens per text; default: the model's.")
+    ] = None,
+    loss: Annotated[Loss, typer.Option("--loss", help="Loss of the predictor.")] = Loss.kl,
+    loss_weight: Annotated[
+        float, typer.Option("--loss-weight", min=0.0, help="λ of equation 7.")
+    ] = 1.0,
+    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of the model.")] = 1e-4,
+    predictor_lr: Annotated[
+        float, typer.Option("--predictor-lr", help="Peak learning rate of the predictor.")
+    ] = 2e-3,
+    limit: Annotated[
+        int, typer.Option("--limit", min=0, help="Items to score afterwards; 0 scores none.")
+    ] = 8,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is in --out.")
+    ] = False,
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune model and predictor; a run that was stopped continues from its checkpoints."""
+    from sparseloom.methods import DynamicSparse, parse_method
+    from sparseloom.models import load_model
+    from sparseloom.results import results
+    from sparseloom.tasks import get_task
+    from sparseloom.training import adapt as train
+    from sparseloom.training import save
+
+    chosen = parse_method(method)
+    if not isinstance(chosen, DynamicSparse):
+        raise ValueError(f"--method must be dynamic:…, got {method!r}: only it has a predictor")
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"--out {out} exists: choose another folder or pass --overwrite")
+    set_threads(threads)
+    scorer = get_task(task)
+    loaded = load_model(model)
+    scorer.load(data)
+    steps = warmup_steps + joint_steps
+    adapted = train(
+        loaded.model,
+        chosen,
+        scorer.batches(loaded, steps=steps, batch_size=batch_size, context=length, seed=seed),
+        warmup_steps=warmup_steps,
+        joint_steps=joint_steps,
+        loss=loss.value,
+        loss_weight=loss_weight,
+        lr=lr,
+        predictor_lr=predictor_lr,
+        seed=seed,
+        out=out.with_name(f"{out.name}-checkpoints"),
+    )
+    save(loaded.model, adapted, out, overwrite=overwrite)
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(out)
+    rows = _scored(scorer, loaded, adapted, limit, model, seed) if limit else []
+    columns: list[Column] = [
+        ("method", value("method")),
+        ("settings", lambda row: settings_text(row["settings"])),
+        ("density", percent("density")),
+        (scorer.metric.replace("_", " "), number("value", 4)),
+        ("dense, as trained", number("dense_value", 4)),
+    ]
+    emit(
+        results(rows, command=command_line(context)),
+        as_json=as_json,
+        columns=columns,
+        notes=["", f"{out}  use it as --model {out}"],
+    )
+
+
+def _scored(
+    task: Task, loaded: LoadedModel, method: Method, limit: int, name: str, seed: int
+) -> list[dict[str, Any]]:
+    from sparseloom.integrations import sparsify
+
+    dense = task.score(loaded, limit=limit)
+    with sparsify(loaded.model, method) as sparse:
+        score = task.score(loaded, limit=limit)
+        layers = sparse.stats()
+    allowed = sum(layer["allowed_pairs"] for layer in layers)
+    settings = {k: v for k, v in method.to_dict().items() if k not in {"method", "version"}}
+    return [
+        {
+            "model": name,
+            "task": task.name,
+            "method": method.name,
+            "settings": settings,
+            "sparsity": settings.get("sparsity"),
+            "density": sum(layer["kept_pairs"] for layer in layers) / allowed if allowed else 1.0,
+            "metric": task.metric,
+            "value": score.value,
+            "dense_value": dense.value,
+            "items": score.items,
+            "seed": seed,
+            "note": "; ".join(score.notes),
+        }
+    ]

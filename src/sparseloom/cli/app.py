@@ -1,0 +1,35 @@
+"""The commands of `sparseloom`, listed in the order of the help."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sparseloom.cli.adapt import adapt
+from sparseloom.cli.compare import compare, demo
+from sparseloom.cli.info import info, show_version
+from sparseloom.cli.machines import simulate, trace
+from sparseloom.cli.studies import bench, reproduce
+
+app = typer.Typer(
+    name="sparseloom",
+    help="Make the attention of a Transformer sparse, run what is left, say what it costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None: ...
+
+
+for _command in (demo, compare, adapt, bench, trace, simulate, reproduce, info):
+    app.command()(_command)

@@ -1,0 +1,71 @@
+"""`sparseloom info`: what is installed here, what can run, and what cannot and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from sparseloom.cli.options import Json, command_line
+from sparseloom.cli.output import Column, emit, value
+
+if TYPE_CHECKING:
+    from sparseloom.results import ResultsFile
+
+
+def info(context: typer.Context, as_json: Json = False) -> None:
+    """Versions, CPU features, the backends available and why others are not, names that exist."""
+    from sparseloom import hardware
+    from sparseloom.kernels import available_backends
+    from sparseloom.methods import method_names
+    from sparseloom.models import BUILT_IN
+    from sparseloom.results import results
+    from sparseloom.tasks import task_names
+
+    rows: list[dict[str, Any]] = [
+        {"record": "backend", "name": name, "usable": reason is None, "note": reason or ""}
+        for name, reason in available_backends().items()
+    ]
+    names = {
+        "method": method_names(),
+        "task": task_names(),
+        "model": BUILT_IN,
+        "machine": hardware.machines(),
+    }
+    rows += [
+        {"record": kind, "name": name, "usable": True, "note": ""}
+        for kind, listed in names.items()
+        for name in listed
+    ]
+    found = results(rows, command=command_line(context))
+    columns: list[Column] = [
+        ("", value("record")),
+        ("name", value("name")),
+        ("usable", value("usable")),
+        ("why not", value("note")),
+    ]
+    if not as_json:
+        _describe(found)
+    emit(found, as_json=as_json, columns=columns)
+
+
+def _describe(found: ResultsFile) -> None:
+    machine = found.machine
+    facts = {
+        "cpu": f"{machine.cpu}, {machine.threads} threads",
+        "isa": " ".join(machine.isa),
+        "gpu": machine.gpu or "none",
+        **found.versions,
+    }
+    for key, fact in facts.items():
+        typer.echo(f"{key:13} {fact}")
+    typer.echo()
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and leave, when `--version` was given."""
+    if wanted:
+        from sparseloom import __version__
+
+        typer.echo(f"sparseloom {__version__}")
+        raise typer.Exit

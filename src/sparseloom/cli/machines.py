@@ -1,0 +1,254 @@
+"""`sparseloom trace` and `sparseloom simulate`: what ran, and what it costs on an accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparseloom.cli.options import (
+    Data,
+    Json,
+    Methods,
+    Model,
+    Seed,
+    TaskName,
+    Threads,
+    command_line,
+    read_settings,
+    set_threads,
+)
+from sparseloom.cli.output import (
+    Column,
+    Row,
+    emit,
+    format_number,
+    number,
+    percent,
+    progress_console,
+    value,
+)
+
+if TYPE_CHECKING:
+    from sparseloom.models import LoadedModel
+
+DEFAULT_METHODS = ("oracle:sparsity=0.9",)
+
+
+def trace(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the trace.")],
+    model: Model = "stdlib",
+    method: Methods = None,
+    task: TaskName = "stdlib",
+    data: Data = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="A text file instead of the task's sample.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option("--length", min=1, help="Tokens at most; default: the model's.")
+    ] = None,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="Also store queries, keys and values.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is in --out.")
+    ] = False,
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Record one forward pass: the operators, and what each method keeps of every attention."""
+    from sparseloom.experiments.compare import with_predictor
+    from sparseloom.integrations import record
+    from sparseloom.methods import format_method, parse_method
+    from sparseloom.models import load_model
+    from sparseloom.results import results
+    from sparseloom.trace import Trace
+
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"--out {out} exists: choose another folder or pass --overwrite")
+    import torch
+
+    torch.manual_seed(seed)
+    set_threads(threads)
+    methods = [parse_method(words) for words in method or DEFAULT_METHODS]
+    loaded = load_model(model)
+    methods = [with_predictor(chosen, loaded) for chosen in methods]
+    inputs = _inputs(loaded, task=task, data=data, text=text, length=length)
+    recorded: Trace | None = None
+    console = progress_console()
+    for chosen in methods:
+        name = format_method(chosen)
+        with console.status(f"recording {name}"):
+            one = record(loaded.model, chosen, inputs, name=name, tensors=tensors)
+        if recorded is None:
+            recorded = one
+        else:
+            recorded = Trace(
+                recorded.workload, {**recorded.selections, **one.selections}, recorded.tensors
+            )
+    assert recorded is not None
+    recorded.save(out, overwrite=overwrite)
+    allowed = sum(int(pairs.sum()) for pairs in recorded.allowed_pairs())
+    rows: list[dict[str, Any]] = []
+    for name in recorded.selections:
+        kept = sum(int(pairs.sum()) for pairs in recorded.kept_pairs(name))
+        rows.append(
+            {
+                "record": "trace",
+                "model": model,
+                "trace": str(out),
+                "selection": name,
+                "density": kept / allowed if allowed else 0.0,
+                "kept_pairs": kept,
+                "allowed_pairs": allowed,
+                "operators": len(recorded.workload.operators),
+                "attention_calls": len(recorded.workload.attention()),
+                "seed": seed,
+            }
+        )
+    columns: list[Column] = [
+        ("selection", value("selection")),
+        ("density", percent("density")),
+        ("kept pairs", number("kept_pairs")),
+        ("attention calls", value("attention_calls")),
+        ("operators", value("operators")),
+    ]
+    emit(
+        results(rows, command=command_line(context)),
+        as_json=as_json,
+        columns=columns,
+        notes=["", f"{out}  cost it with: sparseloom simulate dota_asplos_2022 {out}"],
+    )
+
+
+def simulate(
+    context: typer.Context,
+    machine: Annotated[str, typer.Argument(help="As dota_asplos_2022; `info` lists them.")],
+    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Trace folders.")],
+    selection: Annotated[
+        list[str] | None,
+        typer.Option("--selection", help="Selection to cost; may be repeated; default: all."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the machine; may be repeated."),
+    ] = None,
+    timeline: Annotated[
+        Path | None, typer.Option("--timeline", help="Write a Perfetto timeline (one selection).")
+    ] = None,
+    fidelity: Annotated[str, typer.Option("--fidelity", help="Level of detail.")] = "analytic",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write the results to this file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Cost recorded traces on an accelerator: cycles, energy, area, stalls."""
+    from sparseloom import hardware
+    from sparseloom.results import results, write_results
+    from sparseloom.trace import Trace
+
+    described = hardware.load(machine, **read_settings(set_ or []))
+    loaded = [(path, Trace.load(path)) for path in traces]
+    runs = [
+        (path, one, name)
+        for path, one in loaded
+        for name in selection or ["dense", *(n for n in one.selections if n != "dense")]
+    ]
+    if timeline is not None and len(runs) != 1:
+        names = ", ".join(name for *_, name in runs)
+        raise ValueError(f"--timeline shows one run: choose one with --selection ({names})")
+    rows: list[dict[str, Any]] = []
+    for path, one, name in runs:
+        report = described.simulate(one, name, fidelity=fidelity)
+        rows += [{"trace": str(path), **row} for row in report.rows]
+        if timeline is not None:
+            report.to_perfetto(timeline)
+    found = results(rows, command=command_line(context))
+    if out is not None:
+        write_results(out, found)
+    columns: list[Column] = [
+        ("machine", value("machine")),
+        ("trace", value("trace")),
+        ("selection", value("selection")),
+        ("scope", value("scope")),
+        ("cycles", number("cycles")),
+        ("against dense", _against_dense(rows)),
+        ("time", _time),
+        ("energy", _energy),
+        ("area mm²", number("area_mm2", 2)),
+        ("DRAM bytes", number("dram_bytes")),
+        ("utilisation", _utilisation),
+    ]
+    notes = sorted({str(note) for row in rows for note in row.get("assumptions") or []})
+    files = [str(file) for file in (out, timeline) if file is not None]
+    emit(
+        found,
+        as_json=as_json,
+        columns=columns,
+        notes=["", *(f"- {note}" for note in notes), *files],
+    )
+
+
+def _inputs(
+    loaded: LoadedModel, *, task: str, data: Path | None, text: Path | None, length: int | None
+) -> dict[str, Any]:
+    """One sequence for the model: the start of a text file, or the task's sample."""
+    import torch
+
+    from sparseloom.tasks import get_task
+
+    longest = min(length or loaded.context, loaded.context)
+    if text is None:
+        scorer = get_task(task)
+        scorer.load(data)
+        sample = scorer.sample(loaded)
+        return {key: tensor[:, :longest] for key, tensor in sample.items()}
+    raw = text.read_bytes()
+    if not raw:
+        raise ValueError(f"--text {text} is empty")
+    if loaded.tokenizer is None:
+        tokens = torch.tensor([list(raw[:longest])])
+        return {"input_ids": tokens}
+    encoded = loaded.tokenizer(
+        raw.decode("utf-8", errors="replace"),
+        truncation=True,
+        max_length=longest,
+        return_tensors="pt",
+    )
+    return {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
+
+
+def _against_dense(rows: list[dict[str, Any]]) -> Callable[[Row], object]:
+    dense = {(row["trace"], row.get("scope")): row for row in rows if row["selection"] == "dense"}
+
+    def times(row: Row) -> str | None:
+        base = dense.get((row["trace"], row.get("scope")))
+        if base is None or row["selection"] == "dense" or not row.get("cycles"):
+            return None
+        return f"{base['cycles'] / row['cycles']:.2f}× fewer"
+
+    return times
+
+
+def _time(row: Row) -> str | None:
+    seconds = row.get("seconds")
+    return None if seconds is None else f"{seconds * 1e3:.3f} ms"
+
+
+def _energy(row: Row) -> str | None:
+    parts = row.get("energy_j")
+    if not parts:
+        return None
+    joules = sum(parts.values()) if isinstance(parts, dict) else float(parts)
+    return f"{joules * 1e3:.3f} mJ"
+
+
+def _utilisation(row: Row) -> str | None:
+    found = row.get("utilisation")
+    if isinstance(found, dict):
+        return ", ".join(f"{unit} {share:.0%}" for unit, share in found.items())
+    return None if found is None else f"{format_number(found * 100, 0)} %"

@@ -1,0 +1,65 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+Json: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="Print results as JSON (schema sparseloom/results/1).")
+]
+Seed: TypeAlias = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")]
+Threads: TypeAlias = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads; default: all cores.")
+]
+Model: TypeAlias = Annotated[
+    str, typer.Option("--model", help="Hugging Face folder or hub name, or: stdlib, minilm.")
+]
+TaskName: TypeAlias = Annotated[str, typer.Option("--task", help="What the model is scored on.")]
+Data: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--data", help="Folder of the task's data; default: $SPARSELOOM_DATA."),
+]
+Methods: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--method", help="As dynamic:sparsity=0.9,block_size=8x1; may be repeated."),
+]
+
+
+def command_line(context: typer.Context) -> str:
+    """The command as it was typed, for the results file."""
+    words = context.obj if isinstance(context.obj, list) else sys.argv[1:]
+    return shlex.join(["sparseloom", *words])
+
+
+def set_threads(threads: int | None) -> None:
+    """Limit torch to `threads` CPU threads; None leaves its default."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def read_settings(words: list[str]) -> dict[str, object]:
+    """`key=value` words as a dict; values are read as YAML does (numbers, true, text).
+
+    Raises ValueError for a word without `=` and for a key given twice.
+    """
+    import yaml
+
+    settings: dict[str, object] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--set must be key=value, got {word!r}")
+        if key in settings:
+            raise ValueError(f"--set {key} was given twice")
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            settings[key] = value
+    return settings
