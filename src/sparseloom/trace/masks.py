@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
@@ -21,12 +20,17 @@ def allowed_pairs(
     *,
     is_causal: bool = False,
     key_padding: Bool[np.ndarray, "batch kv_len"] | None = None,
+    group: int = 1,
 ) -> Int64[np.ndarray, "batch"]:
     """Pairs (query, key) that causality (bottom-right aligned) and padding allow, per sequence.
 
     `key_padding` is True where a key may be attended. Without it the result has one entry.
+    With `group` > 1 a key counts once for each `group` consecutive queries that may see it.
     """
     ends = _visible_ends(q_len, kv_len, is_causal)
+    if group > 1:
+        # The last query of a group sees all that the others see.
+        ends = ends[np.minimum(np.arange(group - 1, q_len + group - 1, group), q_len - 1)]
     return _prefix(key_padding, kv_len)[:, ends].sum(axis=1, dtype=np.int64)
 
 
@@ -49,8 +53,6 @@ class MaskArrays:
     q_len: int
     kv_len: int
     is_causal: bool = False
-
-    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if min(self.block_size) < 1 or self.q_len < 1 or self.kv_len < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -118,7 +118,7 @@ class PredictorShape(_Record):
     bits: Literal[2, 4, 8, 16, 32] = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Workload:
     """What ran, without saying which pairs were kept.
 
@@ -137,8 +137,6 @@ class Workload:
     paddings: tuple[Bool[np.ndarray, "_ _"], ...] = ()
     scope: Scope = "model"
     source: str = ""
-
-    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         for i, operator in enumerate(self.operators):
@@ -178,7 +176,7 @@ class Workload:
         return isinstance(other, Workload) and _same(self, other)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AttentionCall:
     """What a method did at one attention call. Without a mask and counts every pair is kept.
 
@@ -216,8 +214,6 @@ class AttentionCall:
     accumulates_importance: bool = False
     rescales_importance: bool = False
 
-    __hash__: ClassVar[None] = None  # type: ignore[assignment]
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AttentionCall) and _same(self, other)
 
@@ -227,18 +223,31 @@ class AttentionCall:
         return self.key_counts is None
 
     def kept_pairs(
-        self, operator: Operator, padding: Bool[np.ndarray, "_ kv_len"] | None = None
+        self,
+        operator: Operator,
+        padding: Bool[np.ndarray, "_ kv_len"] | None = None,
+        *,
+        group: int = 1,
     ) -> Int64[np.ndarray, "batch heads"]:
-        """Pairs of Q·Kᵀ kept under causality and padding, per sequence and query head."""
-        return self._pairs(self.mask, self.key_counts, operator, padding)
+        """Pairs of Q·Kᵀ kept under causality and padding, per sequence and query head.
+
+        With `group` > 1 a key counts once for each `group` consecutive queries that keep it:
+        the key loads of hardware that works on so many queries together. Counts without keys
+        cannot tell, and are taken as if nothing were shared.
+        """
+        return self._pairs(self.mask, self.key_counts, operator, padding, group)
 
     def value_pairs(
-        self, operator: Operator, padding: Bool[np.ndarray, "_ kv_len"] | None = None
+        self,
+        operator: Operator,
+        padding: Bool[np.ndarray, "_ kv_len"] | None = None,
+        *,
+        group: int = 1,
     ) -> Int64[np.ndarray, "batch heads"]:
         """Pairs of P·V kept: those of Q·Kᵀ unless values were pruned further."""
         if self.value_mask is None and self.value_counts is None:
-            return self.kept_pairs(operator, padding)
-        return self._pairs(self.value_mask, self.value_counts, operator, padding)
+            return self.kept_pairs(operator, padding, group=group)
+        return self._pairs(self.value_mask, self.value_counts, operator, padding, group)
 
     def _pairs(
         self,
@@ -246,12 +255,14 @@ class AttentionCall:
         counts: Int64[np.ndarray, "batch heads q_len"] | None,
         operator: Operator,
         padding: Bool[np.ndarray, "_ kv_len"] | None,
+        group: int,
     ) -> Int64[np.ndarray, "batch heads"]:
         shape = (operator.batch, operator.heads)
         if counts is not None:
             pairs = counts.sum(axis=2)
         elif mask is not None:
-            pairs = mask.kept_pairs(padding)
+            shared = group > 1
+            pairs = mask.distinct_keys(group, padding) if shared else mask.kept_pairs(padding)
             # Query head h reads mask head h · (mask heads) // heads: runs of equal length.
             pairs = np.broadcast_to(pairs, (operator.batch, pairs.shape[1]))
             pairs = pairs.repeat(operator.heads // pairs.shape[1], axis=1)
@@ -260,7 +271,11 @@ class AttentionCall:
             if self.tokens_alive is not None:
                 valid = self.tokens_alive if padding is None else padding & self.tokens_alive
             allowed = allowed_pairs(
-                operator.q_len, operator.kv_len, is_causal=operator.is_causal, key_padding=valid
+                operator.q_len,
+                operator.kv_len,
+                is_causal=operator.is_causal,
+                key_padding=valid,
+                group=group,
             )
             pairs = np.broadcast_to(allowed[:, None], shape)
         alive = 1 if self.heads_alive is None else self.heads_alive
@@ -293,7 +308,7 @@ class AttentionCall:
                 raise TraceError(f"{name} must be in [0, {operator.kv_len}]")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
     """One method's choices on a workload.
 
@@ -308,8 +323,6 @@ class Selection:
     calls: tuple[AttentionCall, ...]
     method: Mapping[str, object] = field(default_factory=dict)
     quality: Mapping[str, object] = field(default_factory=dict)
-
-    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if not self.name or any(ord(c) < 32 or c in "/\\" for c in self.name):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Int64, Shaped
@@ -32,8 +31,6 @@ class Trace:
     workload: Workload
     selections: Mapping[str, Selection] = field(default_factory=dict)
     tensors: Mapping[str, Shaped[np.ndarray, "..."]] = field(default_factory=dict)
-
-    __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         operators = self.workload.attention()

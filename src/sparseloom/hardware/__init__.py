@@ -1,0 +1,65 @@
+"""Accelerators as data: load a machine, simulate a trace on it, read cycles, energy and area.
+
+Nothing here needs torch: masks come from `sparseloom.trace` as plain arrays.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+
+from sparseloom.hardware.config import (
+    MachineError,
+    checked,
+    parse_overrides,
+    read_machine,
+    shipped,
+)
+from sparseloom.hardware.energy import EnergyTable, load_table
+from sparseloom.hardware.machine import Machine, MachineConfig
+from sparseloom.hardware.report import Report, Stage
+
+__all__ = [
+    "EnergyTable",
+    "Machine",
+    "MachineConfig",
+    "MachineError",
+    "Report",
+    "Stage",
+    "list_machines",
+    "load",
+    "load_table",
+    "parse_overrides",
+]
+
+# Kinds of machine: where the class lives that simulates them.
+_KINDS = {"dota": ("sparseloom.hardware.dota", "Dota")}
+
+
+def load(name_or_path: str | PathLike[str], /, **overrides: object) -> Machine:
+    """A machine by its name (see `list_machines`) or by the path of a machine file.
+
+    Args:
+        name_or_path: `"dota_asplos_2022"`, or a path that ends in `.yaml`.
+        overrides: settings to change, sections separated by dots:
+            `load("dota_asplos_2022", **{"rmmu.rows": 64}, clock_ghz=0.5)`.
+
+    Raises:
+        MachineError: no such machine, or a file or setting that does not fit its schema.
+    """
+    tree = read_machine(name_or_path, overrides)
+    where = Path(name_or_path).name
+    kind = tree.get("kind")
+    if kind not in _KINDS:
+        raise MachineError(f"{where}: kind must be one of {', '.join(_KINDS)}, got {kind!r}")
+    module, name = _KINDS[kind]
+    machine: type[Machine] = getattr(import_module(module), name)
+    config = checked(machine.Config, tree, where)
+    beside = Path(name_or_path).parent / config.energy_table
+    return machine(config, load_table(beside if beside.is_file() else config.energy_table))
+
+
+def list_machines() -> list[str]:
+    """Names of the machines that come with the package."""
+    return shipped("machines")

@@ -1,0 +1,284 @@
+"""DOTA's time and actions from operator sizes and kept pairs: one formula per stage.
+
+With p elements per Lane, L Lanes and m low-precision products per element and cycle
+(specs dsa_dota_elsa.md §10, [D]), for one sequence of n tokens:
+
+- linear      3·n·d·d_qkv / (p·L)
+- detection   ⌈h/L⌉ · (2·n·d·k_h + n²·k_h) / (p·m)
+- attention   ⌈h/L⌉ · max(2·r·n²·d_h / p, r·n² / 16)
+- other       (n·d_qkv·d + 2·n·d·d_ff) / (p·L)
+
+Here r·n² is what the real mask keeps, head by head, and a call ends with its slowest Lane; with
+equal heads that is the same formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float64, Int64
+from pydantic import Field
+
+from sparseloom.hardware.config import Section
+from sparseloom.hardware.machine import MachineConfig
+from sparseloom.trace import AttentionCall, Operator, PredictorShape, Workload
+
+_FOLDED = ("attention_output", "ffn", "head")  # Lanes hold partial sums of these products
+
+
+class Rmmu(Section):
+    """The reconfigurable multi-precision matrix unit of a Lane."""
+
+    rows: int = Field(ge=1)
+    columns: int = Field(ge=1)
+    base_bits: int = Field(ge=1)
+    stream_bits: int = Field(ge=1)
+    multiplier: Literal["quadratic", "linear"]
+
+    @property
+    def elements(self) -> int:
+        """Processing elements."""
+        return self.rows * self.columns
+
+    def products(self, bits: int) -> int:
+        """Products of `bits` operands per element and cycle; 1 from the base width upwards."""
+        ratio = max(1, self.base_bits // bits)
+        return ratio * ratio if self.multiplier == "quadratic" else ratio
+
+
+class Detector(Section):
+    """How many queries are selected for together."""
+
+    parallel_queries: int = Field(ge=1)
+
+
+class Mfu(Section):
+    """The multi-function unit of a Lane."""
+
+    exponentials_per_cycle: int = Field(ge=1)
+    divisions_per_cycle: int = Field(ge=1)
+    elements_per_cycle: int = Field(ge=1)
+
+
+class Accumulator(Section):
+    """The adders that join the Lanes' partial sums."""
+
+    additions_per_cycle: int = Field(ge=1)
+
+
+class Sram(Section):
+    """The buffer of a Lane."""
+
+    kib_per_lane: int = Field(ge=1)
+
+
+class Dram(Section):
+    """A flat bandwidth."""
+
+    preset: str
+    gbytes_per_second: float = Field(gt=0)
+
+
+class ClosedForm(Section):
+    """What the formulas charge; the machine file says what each choice means."""
+
+    pairs: Literal["allowed", "square"]
+    lane_balance: Literal["measured", "ideal"]
+    detection: Literal["ideal", "whole_words"]
+    memory: Literal["bandwidth", "ideal"]
+
+
+class DotaConfig(MachineConfig):
+    """A machine file of kind `dota`."""
+
+    kind: Literal["dota"]  # pyright: ignore[reportIncompatibleVariableOverride]
+    lanes: int = Field(ge=1)
+    rmmu: Rmmu
+    detector: Detector
+    mfu: Mfu
+    accumulator: Accumulator
+    sram: Sram
+    dram: Dram
+    closed_form: ClosedForm
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One stage of one sequence: its compute cycles and the actions behind its energy.
+
+    Work without cycles of its own (norms and activations) runs behind the other stages.
+    """
+
+    component: str
+    cycles: float = 0.0
+    pe_cycles: float = 0.0
+    mfu_cycles: float = 0.0
+    detector_cycles: float = 0.0
+    accumulator_cycles: float = 0.0
+    sram_bytes: float = 0.0
+    dram_bytes: float = 0.0
+    facts: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+def operator_costs(
+    config: DotaConfig, workload: Workload, operator: Operator, call: AttentionCall | None
+) -> list[list[Cost]]:
+    """The stages of one operator, per sequence."""
+    if operator.is_attention:
+        return list(_attention(config, workload, operator, call or AttentionCall()))
+    one = _gemm(config, operator) if operator.kind == "gemm" else _elements(config, operator)
+    return [[one]] * operator.batch
+
+
+def _gemm(config: DotaConfig, operator: Operator) -> Cost:
+    rmmu, lanes = config.rmmu, config.lanes
+    macs = operator.rows * operator.inner * operator.columns
+    outputs = operator.rows * operator.columns
+    width = rmmu.base_bits / 8
+    folded = operator.role in _FOLDED
+    additions = outputs * lanes / config.accumulator.additions_per_cycle if folded else 0.0
+    # Queries, keys and values stay in the Lane that made them, and so does what attention gives.
+    moved = operator.inner * operator.columns
+    moved += 0 if operator.role == "attention_output" else operator.rows * operator.inner
+    moved += 0 if operator.role == "qkv" else outputs
+    return Cost(
+        "linear" if operator.role == "qkv" else "other",
+        cycles=max(macs / (rmmu.elements * lanes), additions),
+        pe_cycles=macs,
+        accumulator_cycles=additions,
+        sram_bytes=_array_bytes(rmmu, macs) + outputs * width * (lanes if folded else 1),
+        dram_bytes=moved * width,
+        facts={"role": operator.role, "macs": macs},
+    )
+
+
+def _elements(config: DotaConfig, operator: Operator) -> Cost:
+    elements = operator.rows * operator.columns
+    return Cost(
+        "hidden",
+        mfu_cycles=elements / config.mfu.elements_per_cycle,
+        sram_bytes=2 * elements * config.rmmu.base_bits / 8,
+    )
+
+
+def _attention(
+    config: DotaConfig, workload: Workload, operator: Operator, call: AttentionCall
+) -> Iterator[list[Cost]]:
+    padding = workload.padding_of(operator)
+    group = config.detector.parallel_queries
+    allowed = workload.allowed_pairs(operator)
+    kept = call.kept_pairs(operator, padding)
+    values = call.value_pairs(operator, padding)
+    key_loads = call.kept_pairs(operator, padding, group=group)
+    value_loads = call.value_pairs(operator, padding, group=group)
+    alive = np.ones(operator.heads, np.bool_) if call.heads_alive is None else call.heads_alive
+    for b in range(operator.batch):
+        scale = 1.0
+        if config.closed_form.pairs == "square":
+            scale = operator.q_len * operator.kv_len / max(1, int(allowed[b].max()))
+        here = [scale * a[b][alive] for a in (allowed, kept, values, key_loads, value_loads)]
+        stages: list[Cost] = []
+        if call.predictor is not None and alive.any():
+            stages.append(
+                _detection(config, workload.model.hidden_size, operator, call.predictor, here[0])
+            )
+        stages.append(_kept(config, operator, *here))
+        yield stages
+
+
+def _detection(
+    config: DotaConfig,
+    hidden_size: int,
+    operator: Operator,
+    predictor: PredictorShape,
+    pairs: Float64[np.ndarray, "heads"],
+) -> Cost:
+    rmmu, bits = config.rmmu, predictor.bits
+    width = predictor.head_dim
+    if config.closed_form.detection == "whole_words":
+        word = max(1, rmmu.stream_bits // bits)
+        width = -(-width // word) * word
+    products = rmmu.products(bits)
+    # New tokens are projected as queries and as keys; a cross-attention has its keys beside it.
+    tokens = 2 * operator.q_len
+    if operator.kind == "cross_attention":
+        tokens = operator.q_len + (operator.kv_len if operator.stage == "prefill" else 0)
+    projections = np.full_like(pairs, tokens * hidden_size * width)
+    scores = pairs * width
+    element_cycles = (projections + scores) / products
+    code_bytes = predictor.head_dim * bits / 8
+    reads = pairs.sum() / config.detector.parallel_queries * code_bytes + pairs.sum() / 8
+    cached = 0 if _resident(config, operator) else operator.kv_len * code_bytes * pairs.size
+    weights = 2 * hidden_size * code_bytes * pairs.size
+    return Cost(
+        "detection",
+        cycles=_lane_cycles(config, element_cycles / rmmu.elements),
+        pe_cycles=float(element_cycles.sum()),
+        detector_cycles=float(scores.sum()) / products / rmmu.elements,
+        sram_bytes=float(_array_bytes(rmmu, projections.sum() / products) + reads),
+        dram_bytes=float(cached + weights),
+        facts={"bits": bits, "head_dim": predictor.head_dim, "pairs": float(pairs.sum())},
+    )
+
+
+def _kept(
+    config: DotaConfig,
+    operator: Operator,
+    allowed: Float64[np.ndarray, "heads"],
+    kept: Float64[np.ndarray, "heads"],
+    values: Float64[np.ndarray, "heads"],
+    key_loads: Float64[np.ndarray, "heads"],
+    value_loads: Float64[np.ndarray, "heads"],
+) -> Cost:
+    width = config.rmmu.base_bits / 8
+    macs = kept * operator.head_dim + values * operator.value_dim
+    softmax = kept / min(config.mfu.exponentials_per_cycle, config.mfu.divisions_per_cycle)
+    cycles = np.maximum(macs / config.rmmu.elements, softmax)
+    vectors = key_loads * operator.head_dim + value_loads * operator.value_dim
+    both = operator.head_dim + operator.value_dim
+    rows = operator.q_len * both * kept.size
+    earlier = max(0, operator.kv_len - operator.q_len)
+    moved = 0.0
+    if not _resident(config, operator):
+        moved = float(vectors.sum()) + rows
+    elif operator.kind == "attention":
+        moved = float(earlier * both * kept.size)
+    return Cost(
+        "attention",
+        cycles=_lane_cycles(config, cycles),
+        pe_cycles=float(macs.sum()),
+        mfu_cycles=float(softmax.sum()),
+        sram_bytes=float(vectors.sum() + rows) * width,
+        dram_bytes=moved * width,
+        facts={
+            "kept_pairs": float(kept.sum()),
+            "density": float(kept.sum() / max(1.0, float(allowed.sum()))),
+        },
+    )
+
+
+def _resident(config: DotaConfig, operator: Operator) -> bool:
+    """Whether the keys and values of one head are in the Lane's SRAM while attention runs.
+
+    While tokens are generated they never are: the caches of all layers would have to fit.
+    """
+    bits = operator.kv_len * (operator.head_dim + operator.value_dim) * config.rmmu.base_bits
+    return operator.stage == "prefill" and bits <= config.sram.kib_per_lane * 8192
+
+
+def _lane_cycles(config: DotaConfig, heads: Float64[np.ndarray, "heads"]) -> float:
+    """When the last Lane is done; head a runs on Lane a mod L, one head after another."""
+    if heads.size == 0:
+        return 0.0
+    if config.closed_form.lane_balance == "ideal":
+        return float(heads.mean()) * -(-heads.size // config.lanes)
+    return max(float(heads[lane :: config.lanes].sum()) for lane in range(config.lanes))
+
+
+def _array_bytes(rmmu: Rmmu, element_cycles: float | Int64[np.ndarray, ""]) -> float:
+    """Bytes an output-stationary array reads: one operand per row and per column each cycle."""
+    per_cycle = (rmmu.rows + rmmu.columns) * rmmu.base_bits / 8
+    return float(element_cycles / rmmu.elements * per_cycle)
