@@ -1,0 +1,50 @@
+"""Methods: what chooses the pairs that are computed, and how they are named and stored."""
+
+from sparseloom.methods.base import (
+    AttentionInputs,
+    AttentionShape,
+    Attender,
+    LayerState,
+    Method,
+    Pruner,
+    Selector,
+    Survivors,
+)
+from sparseloom.methods.dense import Dense
+from sparseloom.methods.dynamic import DynamicSparse, calibrate_thresholds
+from sparseloom.methods.oracle import Oracle
+from sparseloom.methods.predictor import LayerPredictor, Predictor, PredictorKeys
+from sparseloom.methods.quality import overlap, retained_mass
+from sparseloom.methods.random_mask import RandomMask
+from sparseloom.methods.registry import METHODS, format_method, method_names, parse_method
+from sparseloom.methods.selection import budgets, threshold_mask, topk_mask
+from sparseloom.methods.window import SlidingWindow
+
+__all__ = [
+    "METHODS",
+    "AttentionInputs",
+    "AttentionShape",
+    "Attender",
+    "Dense",
+    "DynamicSparse",
+    "LayerPredictor",
+    "LayerState",
+    "Method",
+    "Oracle",
+    "Predictor",
+    "PredictorKeys",
+    "Pruner",
+    "RandomMask",
+    "Selector",
+    "SlidingWindow",
+    "Survivors",
+    "budgets",
+    "calibrate_thresholds",
+    "format_method",
+    "method_names",
+    "overlap",
+    "parse_method",
+    "retained_mass",
+    "threshold_mask",
+    "topk_mask",
+]

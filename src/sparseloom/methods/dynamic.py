@@ -1,0 +1,269 @@
+"""Dynamic Sparse Attention: a trained low-precision predictor chooses the pairs to compute."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sparseloom.mask import SparseMask
+from sparseloom.methods.base import AttentionInputs, AttentionShape, Selector
+from sparseloom.methods.coding import BITS, Coded
+from sparseloom.methods.pooling import POOLINGS, Pooling
+from sparseloom.methods.predictor import LayerPredictor, Predictor, PredictorKeys, predictor_width
+from sparseloom.methods.selection import Scores, budgets, keeps_all, threshold_mask, topk_mask
+from sparseloom.methods.settings import (
+    check_at_least,
+    check_block_size,
+    check_choice,
+    check_sparsity,
+)
+
+Selection = Literal["topk", "threshold"]
+_CALIBRATION_ROWS = 256  # query rows per attention call that thresholds are taken from
+
+
+@dataclass(frozen=True)
+class DynamicSparse(Selector):
+    """Dynamic Sparse Attention (Liu et al., IEEE TC 2022; the algorithm of DOTA, ASPLOS 2022).
+
+    Per layer, the input X of the attention module gives low-rank, low-precision queries and keys
+    (equation 5, `LayerPredictor`); their products predict the scores, and only the pairs with the
+    best predictions are computed.  The predictor is trained by `sl.adapt`; one predictor runs at
+    any sparsity, block size and selection: `dataclasses.replace(method, sparsity=0.8)` keeps it.
+
+    Args:
+        sparsity: share of the allowed keys to drop per query, in [0, 1).
+        block_size: (queries, keys) kept or dropped together: (1, 1) fine-grained, (8, 1) column
+            vectors, (64, 64) blocks.
+        projection: σ, width of the predictor over head_dim, in (0, 1].
+        bits: 2, 4, 8, or 32 for none; of X, P·W̃, q̃ and k̃ alike.
+        selection: `"topk"`, the same number of keys in every row (`topk_mask` has the budget rule),
+            or `"threshold"`, every key whose predicted score reaches that of its layer and head.
+        thresholds: per layer and head, in units of q·k·scale (`calibrate_thresholds`).
+        pooling: how pairs become one score per block (`pool_scores`).
+        minimum_keys: keys that a query keeps at least, if it may see as many.
+        rotary: rotate q̃ and k̃ in models with rotary positions; False is equation 5 as printed,
+            which fails on such models.  Settled when a predictor is made.
+        predictor: the trained weights.
+    """
+
+    name: ClassVar[str] = "dynamic"
+    needs_hidden_states: ClassVar[bool] = True
+    owns_cache_state: ClassVar[bool] = True
+
+    sparsity: float = 0.9
+    block_size: tuple[int, int] = (1, 1)
+    projection: float = 0.25
+    bits: int = 4
+    selection: Selection = "topk"
+    thresholds: tuple[tuple[float, ...], ...] | None = None
+    pooling: Pooling = "mass"
+    minimum_keys: int = 16
+    rotary: bool = True
+    predictor: Predictor | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+        check_block_size(self.block_size)
+        check_choice("bits", self.bits, BITS)
+        check_choice("selection", self.selection, ("topk", "threshold"))
+        check_choice("pooling", self.pooling, POOLINGS)
+        check_at_least("minimum_keys", self.minimum_keys, 1)
+        width = predictor_width(64, self.projection, rotary=False)  # refuses what is out of range
+        if self.predictor is None:
+            return
+        if self.predictor.bits != self.bits:
+            raise ValueError(
+                f"bits must be {self.predictor.bits}, what the predictor was made with, "
+                f"got {self.bits}"
+            )
+        shape = self.predictor.layers[0]
+        width = predictor_width(shape.head_dim, self.projection, rotary=shape.rotary)
+        if width != shape.width:
+            raise ValueError(
+                f"projection must give the predictor's width of {shape.width} for head_dim "
+                f"{shape.head_dim}, got {self.projection} (width {width})"
+            )
+        if self.thresholds is not None:
+            sizes = {len(heads) for heads in self.thresholds}
+            if len(self.thresholds) != len(self.predictor.layers) or sizes != {shape.heads}:
+                raise ValueError(
+                    f"thresholds must hold {len(self.predictor.layers)} layers of {shape.heads} "
+                    f"heads, got {len(self.thresholds)} layers of {sorted(sizes)}"
+                )
+
+    def select(self, inputs: AttentionInputs) -> SparseMask:
+        """The mask of the query heads from the hidden states; queries and keys are not looked at.
+
+        With `inputs.past` the call's keys are appended to it.
+
+        Raises:
+            ValueError: no predictor, no hidden states, no thresholds where they are needed, or
+                keys in the cache of which the predictor knows nothing.
+        """
+        return self.mask_from_scores(self.predicted_scores(inputs), inputs)
+
+    def predicted_scores(self, inputs: AttentionInputs) -> Scores:
+        """S̃ of the call's queries against all keys, row by row on demand; appends to `inputs.past`."""
+        layer, past = self._layer(inputs), _past(inputs)
+        with torch.no_grad():
+            q, k = self._encode(layer, inputs)
+            keys = k if past is None else past.append(k)
+        if keys.codes.shape[2] != inputs.key.shape[2]:
+            raise ValueError(
+                f"past must hold the predictor's keys of all earlier tokens: attention has "
+                f"{inputs.key.shape[2]} keys in layer {inputs.layer}, the predictor "
+                f"{keys.codes.shape[2]} (was the cache filled outside of sparsify?)"
+            )
+        return layer.score_rows(q, keys)
+
+    def mask_from_scores(
+        self, scores: Scores | Float[Tensor, "batch heads q_len kv_len"], inputs: AttentionInputs
+    ) -> SparseMask:
+        """Selection alone, from scores that are there already, as in training."""
+        if self.selection == "threshold":
+            return threshold_mask(
+                scores,
+                self._thresholds(inputs.layer),
+                block_size=self.block_size,
+                is_causal=inputs.is_causal,
+                key_padding=inputs.key_padding,
+            )
+        return topk_mask(
+            scores,
+            sparsity=self.sparsity,
+            minimum_keys=self.minimum_keys,
+            block_size=self.block_size,
+            is_causal=inputs.is_causal,
+            key_padding=inputs.key_padding,
+            query_padding=inputs.query_padding,
+            pooling=self.pooling,
+        )
+
+    def worthwhile(self, q_len: int, kv_len: int) -> bool:
+        """Whether the budget of a row that sees all keys leaves one out.
+
+        So sparsity 0 runs dense, and inputs of at most `minimum_keys` keys.
+        """
+        del q_len
+        return not keeps_all(kv_len, self.sparsity, self.minimum_keys)
+
+    def prediction_macs(self, shape: AttentionShape) -> int:
+        """Multiply-accumulates at `bits` width: q_len·d·2k of X·P·W̃ for the new tokens, and width
+        for each pair that causality allows, per head (k = heads · width).
+
+        The row chunks on a CPU compute a few pairs more, where a chunk meets the diagonal.
+        """
+        if self.predictor is None:
+            width = predictor_width(shape.head_dim, self.projection, rotary=False)
+        else:
+            width = self.predictor.width
+        k = shape.heads * width
+        projection = shape.q_len * shape.hidden_size * 2 * k
+        return shape.batch * (projection + shape.allowed_pairs * k)
+
+    def new_state(self, layer: int) -> PredictorKeys:
+        """Empty predictor keys for one layer's cache."""
+        del layer
+        return PredictorKeys(self.bits)
+
+    def remember(self, inputs: AttentionInputs) -> None:
+        """Append the call's predictor keys to `inputs.past`, for calls that run dense."""
+        past = _past(inputs)
+        if past is None:
+            return
+        with torch.no_grad():
+            past.append(self._encode(self._layer(inputs), inputs)[1])
+
+    # ------------------------------------------------------------------ private
+
+    def _layer(self, inputs: AttentionInputs) -> LayerPredictor:
+        if self.predictor is None:
+            raise ValueError(
+                "DynamicSparse has no trained predictor: run sl.adapt(model, method, batches) "
+                "first or load one"
+            )
+        if inputs.layer >= len(self.predictor.layers):
+            raise ValueError(
+                f"layer must be below {len(self.predictor.layers)}, the layers of the predictor, "
+                f"got {inputs.layer}"
+            )
+        return self.predictor.layers[inputs.layer]
+
+    def _encode(self, layer: LayerPredictor, inputs: AttentionInputs) -> tuple[Coded, Coded]:
+        if inputs.hidden_states is None:
+            raise ValueError("hidden_states are missing: DynamicSparse predicts from them")
+        past = _past(inputs)
+        return layer.encode(
+            inputs.hidden_states,
+            inputs.rotary,
+            inputs.query_padding,
+            None if past is None or self.bits == 32 else past.scale,
+        )
+
+    def _thresholds(self, layer: int) -> Tensor:
+        if self.thresholds is None:
+            raise ValueError(
+                "thresholds are missing for selection='threshold': run calibrate_thresholds first"
+            )
+        return torch.tensor(self.thresholds[layer])
+
+
+@torch.no_grad()
+def calibrate_thresholds(
+    method: DynamicSparse, calls: Iterable[AttentionInputs]
+) -> DynamicSparse:
+    """`method` with selection by thresholds that drop its `sparsity` of the pairs in `calls`.
+
+    The threshold of a layer and head is the (1 - sparsity) share of its largest predicted scores
+    over the allowed pairs of up to 256 evenly spaced query rows per call.
+
+    Args:
+        calls: attention calls of validation text without a cache, of every layer.
+
+    Raises:
+        ValueError: a layer is not among the calls.
+    """
+    found: dict[int, list[Tensor]] = {}
+    for inputs in calls:
+        scores = method.predicted_scores(inputs)
+        found.setdefault(inputs.layer, []).append(_allowed_scores(scores, inputs))
+    predictor = method.predictor
+    layers = 0 if predictor is None else len(predictor.layers)
+    missing = [layer for layer in range(layers) if layer not in found]
+    if missing or not found:
+        raise ValueError(f"calls must hold every layer, got none of {missing or 'them'}")
+    levels: list[tuple[float, ...]] = []
+    for layer in range(layers):
+        seen = torch.cat(found[layer], -1)  # (heads, n)
+        keep = int(budgets(torch.tensor(seen.shape[-1]), method.sparsity, 1))
+        kth = seen.kthvalue(seen.shape[-1] - keep + 1, dim=-1).values
+        levels.append(tuple(kth.tolist()))
+    return dataclasses.replace(method, selection="threshold", thresholds=tuple(levels))
+
+
+def _allowed_scores(scores: Scores, inputs: AttentionInputs) -> Float[Tensor, "heads n"]:
+    """Scores of the allowed pairs of some rows."""
+    shift = scores.kv_len - scores.q_len
+    step = -(-scores.q_len // _CALIBRATION_ROWS)
+    some: list[Tensor] = []
+    for row in range(step - 1, scores.q_len, step):
+        keys = row + 1 + shift if inputs.is_causal else scores.kv_len
+        chunk = scores.rows(row, row + 1, keys)[:, :, 0]  # (B, H, keys)
+        if inputs.key_padding is None:
+            some.append(chunk.transpose(0, 1).flatten(1))
+        else:
+            some.append(chunk.transpose(0, 1)[:, inputs.key_padding[:, :keys]])
+    return torch.cat(some, -1)
+
+
+def _past(inputs: AttentionInputs) -> PredictorKeys | None:
+    if inputs.past is None or isinstance(inputs.past, PredictorKeys):
+        return inputs.past
+    raise TypeError(f"past must be PredictorKeys, got {type(inputs.past).__name__}")

@@ -1,0 +1,68 @@
+"""One score per block out of the scores of its pairs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Pooling = Literal["mass", "max"]
+POOLINGS: tuple[Pooling, ...] = ("mass", "max")
+
+
+def pool_scores(
+    scores: Float[Tensor, "batch heads rows keys"],
+    allowed: Bool[Tensor, "#batch 1 rows keys"],
+    block_size: tuple[int, int],
+    pooling: Pooling,
+    voters: Bool[Tensor, "#batch rows"] | None = None,
+) -> Float[Tensor, "batch heads q_blocks kv_blocks"]:
+    """Score of each block of a selection that keeps or drops blocks as a whole.
+
+    Every row first comes to a scale of its own, because rows compete inside a block:
+
+    - `"mass"` (default): softmax of the row over its allowed keys; the block's score is the sum
+      over its pairs.  The scores are in units of q·k·scale, so this is the attention probability
+      that the block is expected to receive, and the best k blocks are those that retain the
+      most.  With exact scores no selection of the same size retains more.
+    - `"max"`: the row minus its maximum, over its standard deviation, both over its allowed keys;
+      the block's score is the largest of its pairs.  A row with few clear favourites gets them
+      even if the others want something else, and no exponential is needed.
+
+    Args:
+        scores: rows start at a block edge; the last block of either axis may be cut off.
+        allowed: pairs that causality and padding allow; the others have no say.
+        voters: False where a row is a padded query, which has no say either.
+
+    Returns:
+        Scores that compare within one query block.
+    """
+    ranked = allowed if voters is None else allowed & voters[:, None, :, None]
+    if pooling == "mass":
+        share = scores.masked_fill(~ranked, -torch.inf).softmax(-1)
+        return _blocks(share.masked_fill(~ranked, 0.0), block_size, 0.0).sum((-3, -1))
+    count = ranked.sum(-1, keepdim=True).clamp(min=1)
+    mean = scores.masked_fill(~ranked, 0.0).sum(-1, keepdim=True) / count
+    centred = scores - mean
+    variance = centred.square().masked_fill(~ranked, 0.0).sum(-1, keepdim=True) / count
+    top = centred.masked_fill(~ranked, -torch.inf).amax(-1, keepdim=True)
+    unit = variance.sqrt().clamp(min=torch.finfo(scores.dtype).tiny)
+    below = ((centred - top) / unit).masked_fill(~ranked, -torch.inf)
+    return _blocks(below, block_size, -torch.inf).amax((-3, -1))
+
+
+def any_pair(
+    pairs: Bool[Tensor, "batch heads rows keys"], block_size: tuple[int, int]
+) -> Bool[Tensor, "batch heads q_blocks kv_blocks"]:
+    """Which blocks hold at least one of the pairs."""
+    return pairs if block_size == (1, 1) else _blocks(pairs, block_size, False).any(-1).any(-2)
+
+
+def _blocks(pairs: Tensor, block_size: tuple[int, int], fill: float | bool) -> Tensor:
+    """(batch, heads, q_blocks, bq, kv_blocks, bk), filled up at the far edges."""
+    bq, bk = block_size
+    rows, keys = pairs.shape[-2:]
+    whole = torch.nn.functional.pad(pairs, (0, -keys % bk, 0, -rows % bq), value=fill)
+    return whole.unflatten(-1, (-1, bk)).unflatten(-3, (-1, bq))

@@ -1,0 +1,93 @@
+"""Every method by its tag, and the short text form: `dynamic:sparsity=0.95,block_size=8x1`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sparseloom.errors import unknown_name
+from sparseloom.methods.base import Method
+from sparseloom.methods.dense import Dense
+from sparseloom.methods.dynamic import DynamicSparse
+from sparseloom.methods.oracle import Oracle
+from sparseloom.methods.random_mask import RandomMask
+from sparseloom.methods.settings import coerce_value, format_value, parse_value, setting_hints
+from sparseloom.methods.window import SlidingWindow
+
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (Dense, Oracle, DynamicSparse, SlidingWindow, RandomMask)
+}
+"""Tag → class.  A new method is listed here once; text, JSON and the test matrix follow."""
+
+
+def method_names() -> list[str]:
+    """The tags of all methods."""
+    return list(METHODS)
+
+
+def parse_method(text: str) -> Method:
+    """The method that a short text describes: `tag` or `tag:setting=value,setting=value`.
+
+    Values: numbers, `true`/`false`, `none`, `8x1` for pairs, words.  Settings left out take
+    their defaults.
+
+    Raises:
+        ValueError: unknown method or setting, a setting twice, or a value that is not allowed.
+    """
+    tag, colon, rest = (part.strip() for part in text.partition(":"))
+    cls = _find(tag)
+    hints = setting_hints(cls)
+    settings: dict[str, Any] = {}
+    for item in rest.split(",") if colon else []:
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key or not value:
+            raise ValueError(f"method {text!r} must read tag:setting=value,…, got {item.strip()!r}")
+        if key in settings:
+            raise ValueError(f"setting {key!r} is given twice in {text!r}")
+        _check_known(tag, [key], hints)
+        settings[key] = parse_value(key, value, hints[key])
+    return _build(cls, settings)
+
+
+def format_method(method: Method) -> str:
+    """The shortest text that `parse_method` turns into an equal method: defaults are left out."""
+    parts = [
+        f"{field.name}={format_value(getattr(method, field.name))}"
+        for field in dataclasses.fields(method)  # pyright: ignore[reportArgumentType]
+        if field.compare and getattr(method, field.name) != field.default
+    ]
+    return f"{method.name}:{','.join(parts)}" if parts else method.name
+
+
+def method_from_dict(data: Mapping[str, Any]) -> Method:
+    """See `Method.from_dict`."""
+    if "method" not in data:
+        raise ValueError(f"a method's dict needs the key 'method', got the keys {sorted(data)}")
+    tag = data["method"]
+    cls = _find(tag)
+    version = data.get("version", cls.version)
+    if not isinstance(version, int) or not 1 <= version <= cls.version:
+        raise ValueError(
+            f"version of method {tag!r} must be in [1, {cls.version}], got {version!r}"
+        )
+    hints = setting_hints(cls)
+    given = {key: value for key, value in data.items() if key not in ("method", "version")}
+    _check_known(tag, given, hints)
+    return _build(cls, {key: coerce_value(key, value, hints[key]) for key, value in given.items()})
+
+
+def _find(tag: object) -> type[Method]:
+    if not isinstance(tag, str) or tag not in METHODS:
+        raise unknown_name("method", str(tag), METHODS)
+    return METHODS[tag]
+
+
+def _check_known(tag: str, given: Iterable[str], hints: Mapping[str, Any]) -> None:
+    for key in given:
+        if key not in hints:
+            raise unknown_name(f"setting of method {tag!r}:", key, hints)
+
+
+def _build(cls: type[Method], settings: dict[str, Any]) -> Method:
+    return cls(**settings)

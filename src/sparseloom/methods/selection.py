@@ -1,0 +1,176 @@
+"""From scores to a mask: the best keys of each query block, or all above a threshold."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from sparseloom.mask import SparseMask
+from sparseloom.methods._topk import select_rows
+from sparseloom.methods.grid import Grid, budgets, keeps_all
+from sparseloom.methods.pooling import Pooling, any_pair, pool_scores
+from sparseloom.methods.scores import Scores
+
+__all__ = ["Grid", "Scores", "budgets", "keeps_all", "pool_scores", "threshold_mask", "topk_mask"]
+
+
+@torch.no_grad()
+def topk_mask(
+    scores: Scores | Float[Tensor, "batch heads q_len kv_len"],
+    *,
+    sparsity: float,
+    minimum_keys: int = 16,
+    block_size: tuple[int, int] = (1, 1),
+    is_causal: bool = False,
+    key_padding: Bool[Tensor, "#batch kv_len"] | None = None,
+    query_padding: Bool[Tensor, "#batch q_len"] | None = None,
+    pooling: Pooling = "mass",
+) -> SparseMask:
+    """Row-wise top-k (Liu et al., IEEE TC 2022, §3): every query block keeps its budget exactly.
+
+    The budget is max(minimum_keys, ⌈(1 - sparsity)·allowed⌉), in whole key blocks and at most
+    `allowed`; `allowed` counts what the last query of the block may see, padding excluded.  In
+    causal models the diagonal is always kept, as part of the budget; where a block has more
+    diagonal keys than budget (tall blocks in short contexts), the budget is raised to them.
+    Ties go to the lowest key.  Scores exist a few query rows at a time (`Scores.chunks`).
+
+    Args:
+        scores: in units of q·k·scale, where blocks are pooled; else any.
+        query_padding: True = a real query; the others have no say in a block's choice.
+        pooling: how pairs become one score per block (`pool_scores`); unused for (1, 1).
+
+    Returns:
+        A mask of the scores' batch and heads.
+    """
+    scores = Scores.of(scores)
+    grid = _grid(scores, block_size, is_causal, key_padding)
+    budget = grid.budget(sparsity, minimum_keys)
+    counts = budget[:, None].expand(scores.batch, scores.heads, grid.q_blocks)
+    offsets = _offsets(counts)
+    out = torch.empty(int(offsets[-1, -1, -1]), dtype=torch.int32, device=scores.device)
+    for start, stop in scores.chunks(block_size[0]):
+        keys = grid.keys_of(stop)
+        if not keys:
+            continue
+        first, last = start // block_size[0], -(-stop // block_size[0])
+        chunk = scores.rows(start, stop, keys)
+        if block_size != (1, 1):
+            voters = None if query_padding is None else query_padding[:, start:stop]
+            pairs = grid.allowed_pairs(start, stop, keys)
+            chunk = pool_scores(chunk, pairs, block_size, pooling, voters)
+        attended = None if grid.attended is None else grid.attended[:, : chunk.shape[-1]]
+        select_rows(
+            chunk,
+            grid.visible[:, first:last],
+            budget[:, first:last],
+            grid.diagonal[first:last],
+            attended,
+            offsets[:, :, first:last],
+            out,
+        )
+    return _mask(out, offsets, grid)
+
+
+@torch.no_grad()
+def threshold_mask(
+    scores: Scores | Float[Tensor, "batch heads q_len kv_len"],
+    threshold: float | Float[Tensor, " heads"],
+    *,
+    probability: bool = False,
+    block_size: tuple[int, int] = (1, 1),
+    is_causal: bool = False,
+    key_padding: Bool[Tensor, "#batch kv_len"] | None = None,
+) -> SparseMask:
+    """Every pair whose score reaches the threshold (Liu et al., IEEE TC 2022, §3).
+
+    Each row also keeps its best key (the lowest of equals), and in causal models its diagonal, so
+    that no row that may attend to something is empty.  A block is kept if one of its pairs is.
+
+    Args:
+        threshold: one number, or one per head, in the units of the scores.
+        probability: compare the softmax of each row over its allowed keys instead of the score.
+    """
+    scores = Scores.of(scores)
+    grid = _grid(scores, block_size, is_causal, key_padding)
+    level: Tensor | float = threshold
+    if isinstance(threshold, Tensor):
+        level = threshold.to(scores.device).float()[:, None, None]
+    elif probability:
+        level = math.log(threshold)
+    found: list[Tensor] = []
+    counts: list[Tensor] = []
+    for start, stop in scores.chunks(block_size[0]):
+        keys = grid.keys_of(stop)
+        first, last = start // block_size[0], -(-stop // block_size[0])
+        if not keys:
+            counts.append(_no_counts(scores, last - first))
+            found.append(torch.empty(0, dtype=torch.int32, device=scores.device))
+            continue
+        may = grid.allowed_pairs(start, stop, keys)
+        chunk = scores.rows(start, stop, keys).masked_fill_(~may, -torch.inf)
+        if probability:
+            chunk = chunk.log_softmax(-1)
+        keep = chunk >= level
+        keep.scatter_(-1, chunk.argmax(-1, keepdim=True), True)
+        kept = any_pair(keep & may, block_size)
+        if is_causal:
+            must = grid.diagonal_blocks(first, last, kept.shape[-1])
+            kept = kept | (must & grid.allowed_blocks(first, last, kept.shape[-1]))
+        counts.append(kept.sum(-1))
+        found.append(kept.flatten(0, 2).nonzero()[:, 1].to(torch.int32))
+    offsets = _offsets(torch.cat(counts, -1))
+    return _mask(_gather_chunks(found, counts, offsets), offsets, grid)
+
+
+def _grid(
+    scores: Scores, block_size: tuple[int, int], is_causal: bool, key_padding: Tensor | None
+) -> Grid:
+    return Grid(
+        scores.q_len,
+        scores.kv_len,
+        block_size=block_size,
+        is_causal=is_causal,
+        key_padding=key_padding,
+        device=scores.device,
+    )
+
+
+def _offsets(counts: Int64[Tensor, "batch heads rows"]) -> Int64[Tensor, "batch heads rows_plus_1"]:
+    """Absolute places of rows of these lengths, one after the other."""
+    ends = counts.reshape(-1).cumsum(0).view(counts.shape)
+    return torch.cat([ends[..., :1] - counts[..., :1], ends], -1)
+
+
+def _gather_chunks(
+    found: list[Tensor], counts: list[Tensor], offsets: Int64[Tensor, "batch heads rows_plus_1"]
+) -> Tensor:
+    """The chunks' entries, each in (batch, head, row) order, in the order of the whole mask."""
+    out = torch.empty(int(offsets[-1, -1, -1]), dtype=torch.int32, device=offsets.device)
+    first = 0
+    for entries, lengths in zip(found, counts, strict=True):
+        flat = lengths.reshape(-1)
+        last = first + lengths.shape[-1]
+        shift = offsets[..., first:last].reshape(-1) - (flat.cumsum(0) - flat)
+        place = torch.arange(len(entries), device=out.device)
+        out[place + shift.repeat_interleave(flat, output_size=len(entries))] = entries
+        first = last
+    return out
+
+
+def _no_counts(scores: Scores, rows: int) -> Tensor:
+    shape = (scores.batch, scores.heads, rows)
+    return torch.zeros(shape, dtype=torch.int64, device=scores.device)
+
+
+def _mask(indices: Tensor, offsets: Tensor, grid: Grid) -> SparseMask:
+    return SparseMask(
+        indices,
+        offsets,
+        block_size=grid.block_size,
+        q_len=grid.q_len,
+        kv_len=grid.kv_len,
+        validate=False,
+    )
