@@ -61,13 +61,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def one_line(error: BaseException) -> str:
     """What `error` says, on one line; a pydantic error says which keys are wrong and why."""
-    details = getattr(error, "errors", None)
-    if callable(details) and type(error).__module__.startswith("pydantic"):
-        parts = [
-            f"{'.'.join(map(str, item['loc'])) or 'input'}: {item['msg']}"
-            for item in error.errors()
-        ]
-        text = "; ".join(parts)
+    if type(error).__module__.startswith("pydantic"):
+        items: list[dict[str, Any]] = getattr(error, "errors", list)()
+        text = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or 'input'}: {item['msg']}" for item in items
+        )
     elif isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     else:

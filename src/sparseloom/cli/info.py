@@ -30,7 +30,7 @@ def info(context: typer.Context, as_json: Json = False) -> None:
         "method": method_names(),
         "task": task_names(),
         "model": BUILT_IN,
-        "machine": hardware.machines(),
+        "machine": hardware.list_machines(),
     }
     rows += [
         {"record": kind, "name": name, "usable": True, "note": ""}

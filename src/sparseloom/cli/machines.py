@@ -17,7 +17,6 @@ from sparseloom.cli.options import (
     TaskName,
     Threads,
     command_line,
-    read_settings,
     set_threads,
 )
 from sparseloom.cli.output import (
@@ -50,6 +49,9 @@ def trace(
     length: Annotated[
         int | None, typer.Option("--length", min=1, help="Tokens at most; default: the model's.")
     ] = None,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", min=0, help="Tokens to generate after the text.")
+    ] = 0,
     tensors: Annotated[
         bool, typer.Option("--tensors", help="Also store queries, keys and values.")
     ] = False,
@@ -60,10 +62,10 @@ def trace(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Record one forward pass: the operators, and what each method keeps of every attention."""
+    """Record one pass: the operators, and what each method keeps of every attention."""
     from sparseloom.experiments.compare import with_predictor
     from sparseloom.integrations import record
-    from sparseloom.methods import format_method, parse_method
+    from sparseloom.methods import parse_method
     from sparseloom.models import load_model
     from sparseloom.results import results
     from sparseloom.trace import Trace
@@ -81,9 +83,8 @@ def trace(
     recorded: Trace | None = None
     console = progress_console()
     for chosen in methods:
-        name = format_method(chosen)
-        with console.status(f"recording {name}"):
-            one = record(loaded.model, chosen, inputs, name=name, tensors=tensors)
+        with console.status(f"recording {chosen}"):
+            one = record(loaded.model, chosen, inputs, tensors=tensors, new_tokens=new_tokens)
         if recorded is None:
             recorded = one
         else:
@@ -151,7 +152,7 @@ def simulate(
     from sparseloom.results import results, write_results
     from sparseloom.trace import Trace
 
-    described = hardware.load(machine, **read_settings(set_ or []))
+    described = hardware.load(machine, **hardware.parse_overrides(set_ or []))
     loaded = [(path, Trace.load(path)) for path in traces]
     runs = [
         (path, one, name)
@@ -164,7 +165,7 @@ def simulate(
     rows: list[dict[str, Any]] = []
     for path, one, name in runs:
         report = described.simulate(one, name, fidelity=fidelity)
-        rows += [{"trace": str(path), **row} for row in report.rows]
+        rows += [{"trace": str(path), **row} for row in report.rows()]
         if timeline is not None:
             report.to_perfetto(timeline)
     found = results(rows, command=command_line(context))

@@ -42,24 +42,3 @@ def set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
-
-
-def read_settings(words: list[str]) -> dict[str, object]:
-    """`key=value` words as a dict; values are read as YAML does (numbers, true, text).
-
-    Raises ValueError for a word without `=` and for a key given twice.
-    """
-    import yaml
-
-    settings: dict[str, object] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise ValueError(f"--set must be key=value, got {word!r}")
-        if key in settings:
-            raise ValueError(f"--set {key} was given twice")
-        try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            settings[key] = value
-    return settings

@@ -1,0 +1,5 @@
+"""`python -m sparseloom`: the command line."""
+
+from sparseloom.cli.boundary import main
+
+main()

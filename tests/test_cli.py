@@ -1,0 +1,392 @@
+"""The command line: what it prints, what it leaves on disk, and how it says no."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparseloom.cli import boundary
+from sparseloom.results import results, validate_results
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command in an empty folder; returns (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SPARSELOOM_DATA", raising=False)
+    monkeypatch.delenv("SPARSELOOM_DEBUG", raising=False)
+
+    def call(*words: object) -> tuple[int, str, str]:
+        code = boundary.run([str(word) for word in words])
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a very small byte-level language model."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=96,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trace(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trace of that model with two selections."""
+    folder = tmp_path_factory.mktemp("traces") / "one"
+    words = ["trace", "--model", model, "--out", folder, "--length", 64]
+    words += ["--method", "oracle:sparsity=0.5,minimum_keys=2", "--method", "window:width=8"]
+    assert boundary.run([str(word) for word in words]) == 0
+    return folder
+
+
+def rows_of(text: str) -> list[dict[str, Any]]:
+    """The rows of `--json` output, which must be a valid results file and nothing else."""
+    found = json.loads(text)
+    validate_results(found)
+    return found["rows"]
+
+
+# ---------------------------------------------------------------------------- it works
+
+
+def test_help_lists_every_command(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("demo", "compare", "adapt", "bench", "trace", "simulate", "reproduce", "info"):
+        assert command in out
+
+
+@pytest.mark.parametrize(
+    "command", ["demo", "compare", "adapt", "bench", "trace", "simulate", "reproduce", "info"]
+)
+def test_every_command_offers_json(run: Run, command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert "--json" in out
+
+
+def test_version(run: Run) -> None:
+    assert run("--version")[:2] == (0, "sparseloom 0.1.0\n")
+
+
+def test_info_names_backends_and_reasons(run: Run) -> None:
+    code, out, _ = run("info", "--json")
+    rows = rows_of(out)
+    assert code == 0
+    backends = {row["name"]: row for row in rows if row["record"] == "backend"}
+    assert backends["reference"]["usable"] is True
+    assert all(row["usable"] or row["note"] for row in backends.values())
+    kinds = {row["record"] for row in rows}
+    assert kinds == {"backend", "method", "task", "model", "machine"}
+    code, out, _ = run("info")
+    assert code == 0
+    assert "torch" in out
+    assert "dota_asplos_2022" in out
+
+
+def test_compare_rows_are_valid_and_complete(run: Run, model: Path, tmp_path: Path) -> None:
+    code, out, _ = run(
+        "compare", "--model", model, "--limit", 2, "--json", "--out", "mine.json",
+        "--method", "oracle:sparsity=0.5,minimum_keys=2", "--method", "window:sparsity=0.5",
+        "--machine", "dota_asplos_2022",
+    )  # fmt: skip
+    rows = rows_of(out)
+    assert code == 0
+    assert [row["method"] for row in rows] == ["dense", "oracle", "window"]
+    for row in rows:
+        assert row["metric"] == "bits_per_byte"
+        assert row["dense_value"] == rows[0]["value"]
+        assert row["cycles"]["dota_asplos_2022"] > 0
+        assert row["model_ms"] > 0
+    assert rows[0]["density"] == 1
+    assert 0.45 < rows[1]["density"] < 0.6
+    assert json.loads((tmp_path / "mine.json").read_text("utf-8"))["rows"] == rows
+
+
+def test_compare_prints_a_table(run: Run, model: Path) -> None:
+    code, out, _ = run("compare", "--model", model, "--limit", 1, "--no-diagnose")
+    assert code == 0
+    assert "bits per byte" in out
+    assert "oracle" in out
+
+
+def test_trace_then_simulate(run: Run, trace: Path) -> None:
+    code, out, _ = run("simulate", "dota_asplos_2022", trace, "--json")
+    rows = rows_of(out)
+    assert code == 0
+    assert [row["selection"] for row in rows] == [
+        "dense",
+        "oracle:sparsity=0.5,minimum_keys=2",
+        "window:width=8",
+    ]
+    cycles = [row["cycles"] for row in rows]
+    assert cycles[0] > cycles[2] > 0
+
+
+def test_simulate_settings_and_timeline(run: Run, trace: Path, tmp_path: Path) -> None:
+    words = ["simulate", "dota_asplos_2022", trace, "--selection", "dense", "--json"]
+    _, out, _ = run(*words)
+    code, slow, _ = run(*words, "--set", "clock_ghz=0.5", "--timeline", "lines/dense.json")
+    assert code == 0
+    fast_row, slow_row = rows_of(out)[0], rows_of(slow)[0]
+    assert slow_row["seconds"] > fast_row["seconds"]
+    assert slow_row["config_hash"] != fast_row["config_hash"]
+    events = json.loads((tmp_path / "lines" / "dense.json").read_text("utf-8"))["traceEvents"]
+    assert len(events) > 2
+
+
+def test_simulate_prints_a_table(run: Run, trace: Path) -> None:
+    code, out, _ = run("simulate", "dota_asplos_2022", trace)
+    assert code == 0
+    assert "× fewer" in out
+    assert "closed form" in out
+
+
+def test_bench_rows(run: Run) -> None:
+    code, out, _ = run(
+        "bench", "--q-len", 64, "--heads", 2, "--kv-heads", 1, "--head-dim", 16, "--repeats", 1,
+        "--block-size", "1x1", "--block-size", "8x1", "--backend", "reference", "--json",
+    )  # fmt: skip
+    rows = rows_of(out)
+    assert code == 0
+    timed = [row for row in rows if row.get("op")]
+    assert {(row["contender"], row["path"]) for row in timed} == {
+        ("sdpa", "given"),
+        ("reference", "given"),
+        ("dynamic", "whole"),
+    }
+    for row in timed:
+        assert row["speedup"] == pytest.approx(row["baseline_ms"] / row["ms"])
+        assert row["gflops"] > 0
+
+
+def test_adapt_saves_a_model_that_compare_takes(run: Run, model: Path) -> None:
+    code, _, err = run(
+        "adapt", "--model", model, "--out", "adapted", "--warmup-steps", 2, "--batch-size", 1,
+        "--method", "dynamic:sparsity=0.5,projection=0.5,minimum_keys=4", "--limit", 1,
+    )  # fmt: skip
+    assert code == 0, err
+    code, out, err = run(
+        "compare", "--model", "adapted", "--limit", 1, "--json",
+        "--method", "dynamic:sparsity=0.7,projection=0.5,minimum_keys=4",
+    )  # fmt: skip
+    assert code == 0, err
+    assert rows_of(out)[1]["density"] < 0.5
+
+
+def test_reproduce_lists_and_computes(run: Run) -> None:
+    code, out, _ = run("reproduce")
+    assert code == 0
+    assert "dsa_tc_2022 table1" in out
+    code, out, _ = run("reproduce", "dota_asplos_2022", "--json")
+    assert code == 0
+    bases = {row["basis"] for row in rows_of(out)}
+    assert bases <= {"identity", "calibrated", "predicted", "scenario"}
+
+
+def test_reproduce_reads_a_stored_run(run: Run, tmp_path: Path) -> None:
+    row = {
+        "paper": "dsa_tc_2022", "table": "table1", "quantity": "sparsity", "published": "75 %",
+        "ours": 0.7, "basis": "scenario",
+    }  # fmt: skip
+    file = tmp_path / "kept" / "reproduce" / "dsa_tc_2022_table1.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(results([row], command="test").to_json(), "utf-8")
+    code, out, _ = run("reproduce", "dsa_tc_2022", "--results", "kept", "--json")
+    assert code == 0
+    assert rows_of(out)[0]["ours"] == 0.7
+
+
+def test_demo_passes_its_options_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparseloom.experiments import demo
+
+    row = {
+        "model": "stdlib", "task": "stdlib", "method": "dense", "settings": {}, "density": 1.0,
+        "metric": "bits_per_byte", "value": 1.0, "dense_value": 1.0, "seed": 3,
+    }  # fmt: skip
+    given: dict[str, Any] = {}
+
+    def stand_in(out: Path, **options: Any) -> object:
+        given.update(options, out=out)
+        return results([row], command=options["command"])
+
+    monkeypatch.setattr(demo, "run_demo", stand_in)
+    code, out, _ = run("demo", "--quick", "--seed", 3, "--out", "there", "--json")
+    assert code == 0
+    assert rows_of(out)[0]["seed"] == 3
+    assert (given["out"], given["quick"], given["adapt"]) == (Path("there"), True, False)
+    assert given["command"] == "sparseloom demo --quick --seed 3 --out there --json"
+
+
+# ---------------------------------------------------------------------------- it says no
+
+BAD = {
+    "no such command": (["bogus"], "No such command 'bogus'"),
+    "no such option": (["info", "--bogus"], "--bogus"),
+    "missing argument": (["simulate", "dota_asplos_2022"], "TRACE"),
+    "not a number": (["demo", "--seed", "x"], "--seed"),
+    "unknown method": (["compare", "--method", "dynamik:sparsity=0.9"], "did you mean 'dynamic'"),
+    "unknown setting": (["compare", "--method", "oracle:sparse=0.9"], "sparsity"),
+    "sparsity 1.5": (
+        ["compare", "--method", "oracle:sparsity=1.5"],
+        "sparsity must be in [0, 1), got 1.5",
+    ),
+    "unknown task": (["compare", "--task", "stdlub"], "did you mean 'stdlib'"),
+    "unknown model": (["compare", "--model", "no/such/model"], "stdlib"),
+    "unknown machine": (["compare", "--machine", "dota"], "dota_asplos_2022"),
+    "data not given": (["compare", "--model", "{model}", "--task", "ptb"], "SPARSELOOM_DATA"),
+    "data not there": (
+        ["compare", "--model", "{model}", "--task", "ptb", "--data", "nowhere"],
+        "nowhere",
+    ),
+    "limit 0": (["compare", "--limit", "0"], "--limit"),
+    "predictor missing": (
+        ["compare", "--model", "{model}", "--method", "dynamic:sparsity=0.9"],
+        "predictor",
+    ),
+    "encoder task": (
+        ["compare", "--model", "{model}", "--task", "sts-b", "--data", "."],
+        "sts",
+    ),
+    "trace of a folder that exists": (["trace", "--out", "."], "--overwrite"),
+    "empty text": (["trace", "--model", "{model}", "--out", "t", "--text", "empty.txt"], "empty"),
+    "simulate without a trace": (["simulate", "dota_asplos_2022", "nowhere"], "nowhere"),
+    "simulate a file": (["simulate", "dota_asplos_2022", "empty.txt"], "empty.txt"),
+    "simulate on nothing": (["simulate", "tpu", "{trace}"], "dota_asplos_2022"),
+    "unknown selection": (
+        ["simulate", "dota_asplos_2022", "{trace}", "--selection", "mine"],
+        "window:width=8",
+    ),
+    "unknown machine setting": (
+        ["simulate", "dota_asplos_2022", "{trace}", "--set", "rmmu.cols=8"],
+        "cols",
+    ),
+    "setting without a value": (
+        ["simulate", "dota_asplos_2022", "{trace}", "--set", "clock_ghz"],
+        "key=value",
+    ),
+    "unknown fidelity": (
+        ["simulate", "dota_asplos_2022", "{trace}", "--fidelity", "exact"],
+        "analytic",
+    ),
+    "timeline of many": (
+        ["simulate", "dota_asplos_2022", "{trace}", "--timeline", "t.json"],
+        "--selection",
+    ),
+    "adapt a window": (["adapt", "--out", "a", "--method", "window:width=8"], "dynamic"),
+    "adapt into a folder that exists": (["adapt", "--out", "."], "--overwrite"),
+    "bench sparsity": (["bench", "--sparsity", "1.5"], "sparsity must be in [0, 1), got 1.5"),
+    "bench block": (["bench", "--block-size", "8"], "--block-size must be like 8x1"),
+    "bench heads": (["bench", "--heads", "6", "--kv-heads", "4"], "multiple of kv_heads"),
+    "bench backend": (["bench", "--backend", "cuda"], "reference"),
+    "bench operation": (["bench", "sorting"], "attention"),
+    "unknown paper": (["reproduce", "nature"], "dsa_tc_2022"),
+    "unknown table": (["reproduce", "dsa_tc_2022", "table99"], "table1"),
+    "no stored run": (["reproduce", "dsa_tc_2022"], "--run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(
+    case: str, run: Run, model: Path, trace: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.txt").write_bytes(b"")
+    words, expected = BAD[case]
+    code, out, err = run(*(word.format(model=model, trace=trace) for word in words))
+    assert code == 2, err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert expected in lines[0]
+    assert out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+@pytest.mark.parametrize("file", ["trace.json", "operators.parquet"])
+def test_corrupt_trace_names_the_file(run: Run, trace: Path, tmp_path: Path, file: str) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(trace, broken)
+    (broken / file).write_bytes((broken / file).read_bytes()[:40])
+    code, out, err = run("simulate", "dota_asplos_2022", broken)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert file in err
+
+
+def test_no_output_file_after_an_error(run: Run, model: Path, tmp_path: Path) -> None:
+    words = ["compare", "--model", model, "--limit", 1, "--out", "mine.json"]
+    code, _, _ = run(*words, "--method", "dynamic:sparsity=0.5")
+    assert code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSELOOM_DEBUG", "1")
+    code, _, err = run("reproduce", "nature")
+    assert code == 2
+    assert "Traceback" in err
+    assert err.strip().splitlines()[-1].startswith("error: unknown paper")
+
+
+def test_a_fault_of_our_own_is_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sparseloom.experiments.reproduce as module
+
+    def broken(*words: object) -> object:
+        raise RuntimeError("this should not\nhappen")
+
+    monkeypatch.setattr(module, "find_tables", broken)
+    code, out, err = run("reproduce")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: internal: RuntimeError: this should not happen (")
+
+
+def test_interruption_is_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sparseloom.experiments.reproduce as module
+
+    def interrupted(*words: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "find_tables", interrupted)
+    assert run("reproduce")[0] == 130
+
+
+def test_error_of_a_validation_library_fits_one_line() -> None:
+    from pydantic import BaseModel, ValidationError
+
+    class Sizes(BaseModel):
+        rows: int
+        columns: int
+
+    with pytest.raises(ValidationError) as caught:
+        Sizes.model_validate({"rows": "many"})
+    text = boundary.one_line(caught.value)
+    assert "\n" not in text
+    assert text.startswith("rows: ")
+    assert "; columns: " in text
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m sparseloom reproduce dota_asplos_2022 | head -c 10"
+    done = subprocess.run(["/bin/bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert len(done.stdout) == 10
+    assert "Traceback" not in done.stderr
