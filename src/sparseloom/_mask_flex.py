@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
 from sparseloom import _mask_pairs
+from sparseloom._mask_pairs import KeyPadding
 
 if TYPE_CHECKING:
     import sparseloom.mask
@@ -22,7 +23,7 @@ def to_block_mask(
     mask: sparseloom.mask.SparseMask,
     *,
     is_causal: bool,
-    key_padding: Bool[Tensor, "batch kv_len"] | None,
+    key_padding: KeyPadding | None,
     for_eager: bool,
 ) -> BlockMask:
     """See ``SparseMask.to_block_mask``."""

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, Int32, Int64
+from jaxtyping import Int, Int32, Int64
 from torch import Tensor
+
+from sparseloom._mask_pairs import KeyPadding
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -90,7 +92,7 @@ class MaskFormats:
         self,
         *,
         is_causal: bool = False,
-        key_padding: Bool[Tensor, "padding_batch kv_len"] | None = None,
+        key_padding: KeyPadding | None = None,
         for_eager: bool = False,
     ) -> BlockMask:
         """The mask for ``torch.nn.attention.flex_attention``.

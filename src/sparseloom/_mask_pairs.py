@@ -8,7 +8,7 @@ the queries of a block this needs only ``P`` and its running sum.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from jaxtyping import Bool, Int64
@@ -16,6 +16,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     import sparseloom.mask
+
+KeyPadding: TypeAlias = Bool[Tensor, "padding_batch kv_len"]  # True = attend
 
 _CHUNK = 1 << 21  # entries counted at a time: bounds the int64 temporaries to some 200 MB
 
@@ -108,7 +110,7 @@ def kept_pairs(
     mask: sparseloom.mask.SparseMask,
     *,
     is_causal: bool,
-    key_padding: Bool[Tensor, "batch kv_len"] | None,
+    key_padding: KeyPadding | None,
 ) -> Int64[Tensor, "batch heads"]:
     """See ``SparseMask.kept_pairs``."""
     if key_padding is not None:
@@ -132,8 +134,8 @@ def allowed_pairs(
     kv_len: int,
     *,
     is_causal: bool = False,
-    key_padding: Bool[Tensor, "batch kv_len"] | None = None,
-) -> Int64[Tensor, " batch"]:
+    key_padding: KeyPadding | None = None,
+) -> Int64[Tensor, " padding_batch"]:
     """Pairs of one head that causality (bottom-right aligned) and padding allow, per batch row.
 
     Without ``key_padding`` the result has one entry, which holds for every batch row.

@@ -51,7 +51,8 @@ def plot_mask(
     where: dict[str, Any] = {} if row is None else {"row": row, "col": col}
     figure.add_trace(heatmap, **where)
     if is_causal:
-        figure.add_trace(_causal_edge(go, mask.q_len, mask.kv_len), **where)
+        for trace in _causal_edge(go, mask.q_len, mask.kv_len):
+            figure.add_trace(trace, **where)
     figure.update_xaxes(title_text="key", range=[0, mask.kv_len], constrain="domain", **where)
     figure.update_yaxes(title_text="query", range=[mask.q_len, 0], constrain="domain", **where)
     if place is None:
@@ -87,24 +88,21 @@ def cell_shares(
     return shares, (groups[0] * mask.block_size[0], groups[1] * mask.block_size[1])
 
 
-def _causal_edge(go: Any, q_len: int, kv_len: int) -> Any:
+def _causal_edge(go: Any, q_len: int, kv_len: int) -> list[Any]:
     """The edge right of the last key that each query may see, and a veil over what lies beyond."""
     shift = kv_len - q_len
     if q_len <= _STEPS:
         query = np.repeat(np.arange(q_len + 1), 2)[1:-1]
         key = np.repeat(np.arange(q_len), 2) + shift + 1
     else:
-        query = np.array([0, q_len])
+        query = np.array([0, max(0, -shift), q_len])
         key = query + shift
-    key = key.clip(0, kv_len)
-    return go.Scatter(
-        # Through the upper right corner and back: the closed outline is what may not be seen.
-        x=[*key.tolist(), kv_len, int(key[0])],
-        y=[*query.tolist(), 0, 0],
-        mode="lines",
-        line={"color": _EDGE, "width": 1.5},
-        fill="toself",
-        fillcolor="rgba(120, 120, 120, 0.35)",
-        hoverinfo="skip",
-        showlegend=False,
-    )
+    x, y = key.clip(0, kv_len).tolist(), query.tolist()
+    quiet = {"mode": "lines", "hoverinfo": "skip", "showlegend": False}
+    # Through the upper right corner: the closed outline is what may not be seen.
+    corner = {"x": [*x, kv_len], "y": [*y, 0]}
+    veil = {"fill": "toself", "fillcolor": "rgba(120, 120, 120, 0.35)", "line": {"width": 0}}
+    return [
+        go.Scatter(**corner, **veil, **quiet),
+        go.Scatter(x=x, y=y, line={"color": _EDGE, "width": 1.5}, **quiet),
+    ]

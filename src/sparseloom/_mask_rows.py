@@ -152,10 +152,11 @@ def flatten(
 def choose(
     indices: Int[Tensor, " nnz"],
     offsets: Int64[Tensor, "batch heads rows_plus_1"],
-    chosen: Int64[Tensor, "new_batch new_heads"],
+    batches: list[int],
+    heads: list[int],
 ) -> tuple[Tensor, Int64[Tensor, "new_batch new_heads rows_plus_1"]]:
-    """Index lists of the (batch, head) pairs numbered ``chosen``; a view where they adjoin."""
-    picked = offsets.flatten(0, 1)[chosen.reshape(-1)]
+    """Index lists of these batch entries and heads; a view where they adjoin."""
+    picked = offsets[batches][:, heads].flatten(0, 1)
     starts, sizes = picked[:, 0], picked[:, -1] - picked[:, 0]
     ends = sizes.cumsum(0)
     total = int(ends[-1])
@@ -166,11 +167,11 @@ def choose(
     else:
         shift = (starts - ends + sizes).repeat_interleave(sizes, output_size=total)
         flat = indices[torch.arange(total, device=indices.device) + shift]
-    return flat, shifted.view(*chosen.shape, -1)
+    return flat, shifted.view(len(batches), len(heads), -1)
 
 
-def as_slice(key: int | slice, size: int, name: str) -> slice | list[int]:
-    """An integer as a slice of length one, so that the dimension stays."""
+def as_list(key: int | slice, size: int, name: str) -> list[int]:
+    """The places that an integer or a slice means."""
     if isinstance(key, slice):
         picked = list(range(size))[key]
         if not picked:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseloom import _mask_pairs, _mask_rows
 from sparseloom._mask_formats import MaskFormats
-from sparseloom._mask_pairs import allowed_pairs
+from sparseloom._mask_pairs import KeyPadding, allowed_pairs
 
 __all__ = ["SparseMask", "allowed_pairs"]
 
@@ -261,7 +261,7 @@ class SparseMask(MaskFormats):
     # ------------------------------------------------------------------- counting
 
     def kept_pairs(
-        self, *, is_causal: bool = False, key_padding: Bool[Tensor, "batch kv_len"] | None = None
+        self, *, is_causal: bool = False, key_padding: KeyPadding | None = None
     ) -> Int64[Tensor, "batch heads"]:
         """Kept pairs that are allowed too, counted from the index lists.
 
@@ -272,9 +272,7 @@ class SparseMask(MaskFormats):
         """
         return _mask_pairs.kept_pairs(self, is_causal=is_causal, key_padding=key_padding)
 
-    def density(
-        self, *, is_causal: bool = False, key_padding: Bool[Tensor, "batch kv_len"] | None = None
-    ) -> float:
+    def density(self, *, is_causal: bool = False, key_padding: KeyPadding | None = None) -> float:
         """Kept pairs over allowed pairs, all batch entries and heads; 0 if none is allowed."""
         kept = self.kept_pairs(is_causal=is_causal, key_padding=key_padding)
         allowed = _mask_pairs.allowed_pairs(
@@ -299,22 +297,19 @@ class SparseMask(MaskFormats):
         Raises:
             ValueError: ``batch`` is neither kept nor grown from 1, or ``heads`` is not a multiple.
         """
-        if batch != self.batch and self.batch != 1:
+        if batch < 1 or self.batch not in (1, batch):
             raise ValueError(f"batch must be {self.batch} (only 1 can be expanded), got {batch}")
         if heads < 1 or heads % self.heads:
             raise ValueError(f"heads must be a multiple of {self.heads}, got {heads}")
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, got {batch}")
-        chosen = torch.arange(self.batch * self.heads, device=self.device)
-        chosen = chosen.view(self.batch, self.heads).repeat_interleave(heads // self.heads, 1)
-        return self._choose(chosen.expand(batch, heads))
+        batches = [0] * batch if self.batch == 1 else list(range(batch))
+        return self._choose(batches, [h * self.heads // heads for h in range(heads)])
 
     def __getitem__(self, key: int | slice | tuple[int | slice, int | slice]) -> SparseMask:
         """``mask[b, h]`` and ``mask[b]``: integers or slices; both dimensions stay."""
         b, h = key if isinstance(key, tuple) else (key, slice(None))
-        chosen = torch.arange(self.batch * self.heads, device=self.device)
-        chosen = chosen.view(self.batch, self.heads)[_mask_rows.as_slice(b, self.batch, "batch")]
-        return self._choose(chosen[:, _mask_rows.as_slice(h, self.heads, "head")])
+        return self._choose(
+            _mask_rows.as_list(b, self.batch, "batch"), _mask_rows.as_list(h, self.heads, "head")
+        )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> SparseMask:
         """The mask on ``device``; itself if it is there already."""
@@ -378,19 +373,12 @@ class SparseMask(MaskFormats):
         )
 
     def _like(self, indices: Tensor, offsets: Tensor) -> SparseMask:
-        return SparseMask(
-            indices,
-            offsets,
-            block_size=self.block_size,
-            q_len=self.q_len,
-            kv_len=self.kv_len,
-            validate=False,
-        )
+        size = (self.block_size, self.q_len, self.kv_len)
+        return SparseMask._from_rows(indices, offsets, *size, validate=False)
 
-    def _choose(self, chosen: Int64[Tensor, "batch heads"]) -> SparseMask:
-        """The (batch, head) pairs numbered ``chosen``, in that order."""
-        indices, offsets = _mask_rows.choose(self.indices, self.offsets, chosen)
-        return self._like(indices, offsets)
+    def _choose(self, batches: list[int], heads: list[int]) -> SparseMask:
+        """These batch entries and heads, in this order."""
+        return self._like(*_mask_rows.choose(self.indices, self.offsets, batches, heads))
 
     def _transpose(self) -> tuple[SparseMask, Tensor]:
         if self._transposed is None:
