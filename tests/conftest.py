@@ -8,6 +8,8 @@ so the decorator is wrapped before the hook is installed:
   `fullgraph=True` would fail on it;
 - the wrapper keeps the globals of the function that it wraps, because `torch.library.custom_op`
   looks up string annotations there.
+
+As PEP 484 has it, an int is accepted where a float is asked for.
 """
 
 from __future__ import annotations
@@ -22,13 +24,17 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
+from beartype import BeartypeConf, beartype
 
 _checked = jaxtyping.jaxtyped
+_beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def _jaxtyped(*, typechecker: Any) -> Callable[[Any], Any]:
+    del typechecker
+
     def decorate(target: Any) -> Any:
-        checked = _checked(typechecker=typechecker)(target)
+        checked = _checked(typechecker=_beartype)(target)
         if not inspect.isfunction(target) or not inspect.isfunction(checked):
             return checked
         compiling = torch.compiler.is_compiling

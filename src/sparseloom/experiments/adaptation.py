@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from sparseloom.experiments.bootstrap import paired_bootstrap
+from sparseloom.experiments.compare import settings_of
 from sparseloom.integrations import sparsify
 from sparseloom.methods import Dense, DynamicSparse, Method, Oracle, Selector, SlidingWindow
 from sparseloom.models import LoadedModel, load_model
-from sparseloom.results import ResultsFile, collect_machine, collect_versions, write_results
+from sparseloom.results import write_results
 from sparseloom.tasks import get_task
 from sparseloom.training import adapt, finetune, load, save
 
@@ -47,7 +48,7 @@ class Study:
     seed: int = 7
 
 
-def run_study(study: Study, out: Path) -> ResultsFile:
+def run_study(study: Study, out: Path) -> list[dict[str, Any]]:
     """Run what is missing in `out` and return the rows of the whole study."""
     out.mkdir(parents=True, exist_ok=True)
     dynamic = _warm_up(study, out / "predictor")
@@ -65,12 +66,7 @@ def run_study(study: Study, out: Path) -> ResultsFile:
     base = load_model("stdlib")
     scores["dense, untuned"] = _score(study, "dense, untuned", base, Dense(), out)
     scores["dynamic, model untuned"] = _score(study, "dynamic, model untuned", base, dynamic, out)
-    return ResultsFile(
-        command="python -m sparseloom.experiments.adaptation",
-        machine=collect_machine(),
-        versions=collect_versions(),
-        rows=_rows(study, scores),
-    )
+    return _rows(study, scores)
 
 
 def _scored_as(study: Study, name: str, tuned: Method) -> Mapping[str, Method]:
@@ -131,9 +127,8 @@ def _tune(study: Study, name: str, method: Method, out: Path) -> tuple[LoadedMod
 
 
 def _batches(study: Study, loaded: LoadedModel, steps: int, size: int, seed: int) -> list[Any]:
-    task = get_task("stdlib")
-    task.load(None)
-    return task.batches(loaded, count=steps, size=size, seed=seed)
+    task = get_task("stdlib").load()
+    return list(task.batches(loaded, steps=steps, batch_size=size, seed=seed))
 
 
 def _score(
@@ -143,30 +138,26 @@ def _score(
     file = out / f"score-{label.replace(' ', '-').replace(',', '').replace('×', 'x')}.json"
     if file.exists():
         return json.loads(file.read_text())
-    task = get_task("stdlib")
-    task.load(None)
+    task = get_task("stdlib").load()
     with sparsify(loaded.model, method) as sparse:
         score = task.score(loaded, limit=study.windows)
         layers = sparse.stats()
-    accuracy = []
-    if isinstance(method, Selector) and not isinstance(method, Oracle):
+    accuracy: dict[str, list[float]] = {}
+    if isinstance(method, Selector):
         with torch.no_grad(), sparsify(loaded.model, method, diagnose=True) as sparse:
-            for batch in task.held_out_batches(loaded, limit=4):
-                loaded.model(**batch)
-            accuracy = [
-                {
-                    "layer": layer["layer"],
-                    "overlap": layer["prediction_overlap"],
-                    "retained_mass": layer["retained_mass"],
-                    "oracle_mass": layer["oracle_mass"],
-                }
-                for layer in sparse.stats()
-            ]
+            for inputs in task.inputs(loaded, limit=4):
+                loaded.model(**inputs)
+        rows = sparse.stats()
+        accuracy = {
+            "prediction_accuracy": [row["prediction_overlap"] for row in rows],
+            "retained_mass": [row["retained_mass"] for row in rows],
+            "oracle_mass": [row["oracle_mass"] for row in rows],
+        }
     allowed = sum(layer["allowed_pairs"] for layer in layers)
     kept = sum(layer["kept_pairs"] for layer in layers)
     entry = {
         "method": method.name,
-        "settings": method.to_dict(),
+        "settings": settings_of(method),
         "value": score.value,
         "per_item": [float(x) for x in score.per_item],
         "density": kept / allowed,
@@ -199,7 +190,7 @@ def _rows(study: Study, scores: Mapping[str, dict[str, Any]]) -> list[dict[str, 
             "difference": against.mean,
             "difference_upper95": against.upper95,
             "items": against.items,
-            "prediction_accuracy": entry["accuracy"],
+            **entry["accuracy"],
             "seed": study.seed,
             "note": "; ".join(entry["notes"]),
         }
@@ -221,7 +212,8 @@ def main() -> None:
         parser.add_argument(flag, type=type(field.default), default=field.default)
     arguments = vars(parser.parse_args())
     out, results = arguments.pop("out"), arguments.pop("results")
-    write_results(results, run_study(Study(**arguments), out))
+    rows = run_study(Study(**arguments), out)
+    write_results(results, rows, command="python -m sparseloom.experiments.adaptation")
 
 
 if __name__ == "__main__":

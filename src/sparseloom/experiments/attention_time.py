@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sparseloom.kernels import attention
-from sparseloom.methods import AttentionInputs, Attender, Method, Selector
+from sparseloom.methods import Attender, AttentionInputs, Method, Selector
 
 
 def attention_contender(method: Method, calls: Sequence[AttentionInputs]) -> Callable[[], None]:
@@ -26,7 +26,9 @@ def attend(method: Method, inputs: AttentionInputs, backend: str = "auto") -> to
     if isinstance(method, Attender):
         return method.attend(inputs)
     mask = None
-    if isinstance(method, Selector) and method.worthwhile(inputs.query.shape[2], inputs.key.shape[2]):
+    if isinstance(method, Selector) and method.worthwhile(
+        inputs.query.shape[2], inputs.key.shape[2]
+    ):
         mask = method.select(inputs)
     if inputs.value is None:
         raise ValueError("inputs.value is missing: the call was recorded without values")

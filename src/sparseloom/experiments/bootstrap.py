@@ -20,7 +20,7 @@ class PairedDifference:
 
 def paired_bootstrap(
     ours: Float[np.ndarray, " items"],
-    theirs: Float[np.ndarray, " items"],
+    theirs: Float[np.ndarray, " same_items"],
     *,
     resamples: int = 10_000,
     seed: int = 0,

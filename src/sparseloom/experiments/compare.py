@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sparseloom import hardware
-from sparseloom.experiments.timing import interleave
+from sparseloom.experiments.attention_time import attention_contender
+from sparseloom.experiments.timing import Timing, interleave
 from sparseloom.integrations import record, sparsify
+from sparseloom.integrations.stats import LayerStats
 from sparseloom.methods import AttentionInputs, Dense, DynamicSparse, Method, parse_method
-from sparseloom.results import ResultsFile, collect_machine, collect_versions
+from sparseloom.results import ResultsFile
+from sparseloom.results import results as as_results
+from sparseloom.training import load_method
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from sparseloom.mask import SparseMask
     from sparseloom.models import LoadedModel
-    from sparseloom.tasks import Score, Task
+    from sparseloom.tasks import Score
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,6 +34,15 @@ class Comparison:
 
     results: ResultsFile
     scores: dict[str, Score]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows as plain dicts, absent keys as None."""
+        return [row.model_dump() for row in self.results.rows]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The results file as a plain dict, absent keys as None."""
+        return {**self.results.model_dump(by_alias=True), "rows": self.rows}
 
 
 def compare(
@@ -69,74 +83,50 @@ def compare(
     costed = {name: hardware.load(name) for name in machines}
     scorer = get_task(task)
     loaded = load_model(model)
-    chosen = [with_predictor(method, loaded) for method in chosen]
+    named = {str(method): with_predictor(method, loaded) for method in chosen}
     scorer.load(data)
     torch.manual_seed(seed)
+    sample = next(iter(scorer.inputs(loaded, limit=1)))
 
-    steps = _Progress(console, total=3 * len(chosen))
+    rows: list[dict[str, Any]] = []
     scores: dict[str, Score] = {}
-    stats: dict[str, list[dict[str, Any]]] = {}
-    sample = scorer.sample(loaded)
-    traces = {}
-    for name, method in _named(chosen):
-        steps.say(f"scoring {name}")
-        with sparsify(loaded.model, method) as sparse:
-            scores[name] = scorer.score(loaded, limit=limit)
-            stats[name] = sparse.stats()
-        steps.say(f"recording {name}")
-        if diagnose and method.name != "dense":
-            with sparsify(loaded.model, method, diagnose=True) as sparse, torch.no_grad():
-                loaded.model(**sample)
-                stats[name] = _merge(stats[name], sparse.stats())
-        traces[name] = record(loaded.model, method, sample, name=name) if costed else None
-
-    steps.say("timing")
-    whole, attention = time_methods(loaded, dict(_named(chosen)), sample, repeats, steps.say)
-    dense = scores["dense"]
-    rows = []
-    for name, method in _named(chosen):
-        reports = {key: machine.simulate(traces[name], name) for key, machine in costed.items()}
-        layers = stats[name]
-        allowed = sum(layer["allowed_pairs"] for layer in layers)
-        rows.append(
-            {
-                "model": model,
-                "task": task,
-                "method": method.name,
-                "settings": {k: v for k, v in method.to_dict().items() if k not in ("method", "version")},
-                "sparsity": getattr(method, "sparsity", None),
-                "density": sum(layer["kept_pairs"] for layer in layers) / allowed if allowed else 1.0,
-                "metric": scorer.metric,
-                "value": scores[name].value,
-                "dense_value": dense.value,
-                "items": scores[name].items,
-                "macs": _per_forward(layers, "attention_macs") + _per_forward(layers, "prediction_macs"),
-                "attention_ms": _ms(attention, name),
-                "model_ms": _ms(whole, name),
-                "dense_attention_ms": _ms(attention, "dense"),
-                "dense_model_ms": _ms(whole, "dense"),
-                "spread": whole[name].spread if whole else None,
-                "prediction_accuracy": [
-                    {
-                        "layer": layer["layer"],
-                        "overlap": layer["prediction_overlap"],
-                        "retained_mass": layer["retained_mass"],
-                        "oracle_mass": layer["oracle_mass"],
-                    }
-                    for layer in layers
-                    if layer.get("prediction_overlap") is not None
-                ],
-                "cycles": {key: report.cycles for key, report in reports.items()},
-                "ran": sorted({f"{layer['ran']}:{layer['backend']}" for layer in layers}),
-                "seed": seed,
-                "note": "; ".join(scores[name].notes),
-            }
-        )  # fmt: skip
-    steps.close()
-    results = ResultsFile(
-        command=command, machine=collect_machine(), versions=collect_versions(), rows=rows
-    )
-    return Comparison(results, scores)
+    with _Progress(console, total=len(named) + 2 * (repeats > 0)) as say:
+        for name, method in named.items():
+            say(f"scoring {name}")
+            with sparsify(loaded.model, method) as sparse:
+                scores[name] = scorer.score(loaded, limit=limit)
+                layers = sparse.stats()
+            quality = _quality(loaded, method, sample) if diagnose else {}
+            cycles = _cycles(loaded, method, sample, costed)
+            rows.append(
+                {
+                    "model": model,
+                    "task": task,
+                    "method": method.name,
+                    "settings": settings_of(method),
+                    "sparsity": getattr(method, "sparsity", None),
+                    **_work(layers),
+                    "metric": scorer.metric,
+                    "value": scores[name].value,
+                    "dense_value": scores["dense"].value,
+                    "items": scores[name].items,
+                    **quality,
+                    "cycles": cycles,
+                    "seed": seed,
+                    "note": "; ".join(scores[name].notes),
+                }
+            )
+        if repeats > 0:
+            whole, attention = time_methods(loaded, named, sample, repeats, say)
+            for name, row in zip(named, rows, strict=True):
+                row |= {
+                    "attention_ms": attention[name].ms,
+                    "model_ms": whole[name].ms,
+                    "dense_attention_ms": attention["dense"].ms,
+                    "dense_model_ms": whole["dense"].ms,
+                    "spread": whole[name].spread,
+                }
+    return Comparison(as_results(rows, command=command), scores)
 
 
 def unique_methods(methods: Sequence[Method]) -> list[Method]:
@@ -152,63 +142,72 @@ def unique_methods(methods: Sequence[Method]) -> list[Method]:
 def with_predictor(method: Method, loaded: LoadedModel) -> Method:
     """The method with the predictor that came with the model, where it needs one.
 
-    Raises ValueError when the model brings none, or one of another projection.
+    Raises ValueError when the model brings none, or one of another width or precision.
     """
     if not isinstance(method, DynamicSparse) or method.predictor is not None:
         return method
-    shipped = loaded.method
+    shipped = saved_method(loaded)
     if not isinstance(shipped, DynamicSparse) or shipped.predictor is None:
         raise ValueError(
-            f"method: {method.name!r} needs a trained predictor and model {loaded.name!r} brings none; "
-            f"make one with `sparseloom adapt --model {loaded.name} …` and pass its folder as model"
-        )
-    if shipped.projection != method.projection:
-        raise ValueError(
-            f"method: projection={method.projection} but the predictor that came with model "
-            f"{loaded.name!r} has projection={shipped.projection}"
+            f"method: {method} needs a trained predictor and model {loaded.name!r} brings none; "
+            f"train one with `sparseloom adapt --model {loaded.name} --out DIR`, then --model DIR"
         )
     return dataclasses.replace(method, predictor=shipped.predictor)
 
 
+def saved_method(loaded: LoadedModel) -> Method | None:
+    """The method saved beside the model's weights (`sl.save`), or None."""
+    settings = getattr(loaded.model.config, "sparse", None)
+    if settings is None:
+        return None
+    folder = Path(loaded.model.config.name_or_path)
+    return load_method(folder, settings)
+
+
+def settings_of(method: Method) -> dict[str, object]:
+    """The settings of a method without its tag and version."""
+    return {k: v for k, v in method.to_dict().items() if k not in {"method", "version"}}
+
+
 def time_methods(
     loaded: LoadedModel,
-    methods: dict[str, Method],
-    sample: dict[str, Any],
+    methods: Mapping[str, Method],
+    sample: Mapping[str, Any],
     repeats: int,
     say: Callable[[str], None],
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Timing], dict[str, Timing]]:
     """Interleaved times of one forward pass, and of its attention alone, for every method.
 
     Attention time is the sum over layers of what the method does from queries, keys, values and
     hidden states to the output: prediction, selection and attention.
     """
-    from sparseloom.experiments.attention_time import attention_contender
-
-    if repeats < 1:
-        return {}, {}
-    model = loaded.model
     calls = capture(loaded, sample)
-    whole, attention = {}, {}
-    for name, method in methods.items():
 
-        def forward(method: Method = method) -> None:
-            with torch.no_grad(), sparsify(model, method):
-                model(**sample)
+    def forward(method: Method) -> None:
+        with torch.no_grad(), sparsify(loaded.model, method):
+            loaded.model(**sample)
 
-        whole[name] = forward
-        attention[name] = attention_contender(method, calls)
     say("timing attention")
-    attention_times = interleave(attention, repeats=repeats)
+    attention = interleave(
+        {name: attention_contender(method, calls) for name, method in methods.items()},
+        repeats=repeats,
+    )
     say("timing the model")
-    return interleave(whole, repeats=repeats), attention_times
+    whole = interleave(
+        {name: partial(forward, method) for name, method in methods.items()}, repeats=repeats
+    )
+    return whole, attention
 
 
-def capture(loaded: LoadedModel, sample: dict[str, Any]) -> list[AttentionInputs]:
+def capture(loaded: LoadedModel, sample: Mapping[str, Any]) -> list[AttentionInputs]:
     """The attention inputs of every layer in one dense forward pass."""
     calls: list[AttentionInputs] = []
 
     class Keep:
-        def on_attention(self, inputs: AttentionInputs, mask: SparseMask | None, output: object) -> None:
+        def on_attention(
+            self, inputs: AttentionInputs, mask: SparseMask | None, output: object
+        ) -> None:
+            del mask, output
             calls.append(inputs)
 
     with torch.no_grad(), sparsify(loaded.model, Dense(), observer=Keep()):
@@ -216,40 +215,62 @@ def capture(loaded: LoadedModel, sample: dict[str, Any]) -> list[AttentionInputs
     return calls
 
 
-def _named(methods: Sequence[Method]) -> list[tuple[str, Method]]:
-    from sparseloom.methods import format_method
-
-    return [(format_method(method), method) for method in methods]
-
-
-def _merge(scored: list[dict[str, Any]], diagnosed: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    keys = ("prediction_overlap", "retained_mass", "oracle_mass")
-    by_layer = {layer["layer"]: layer for layer in diagnosed}
-    return [
-        {**layer, **{key: by_layer[layer["layer"]].get(key) for key in keys}} for layer in scored
-    ]
-
-
-def _per_forward(layers: list[dict[str, Any]], key: str) -> float:
-    return sum(layer[key] / max(1, layer["calls"]) for layer in layers)
+def _quality(
+    loaded: LoadedModel, method: Method, sample: Mapping[str, Any]
+) -> dict[str, list[float]]:
+    """Per layer: share of the oracle's keys found, probability kept, and kept by the oracle."""
+    if method.name == "dense":
+        return {}
+    with torch.no_grad(), sparsify(loaded.model, method, diagnose=True) as sparse:
+        loaded.model(**sample)
+    layers = [layer for layer in sparse.stats() if "prediction_overlap" in layer]
+    return {
+        "prediction_accuracy": [layer["prediction_overlap"] for layer in layers],
+        "retained_mass": [layer["retained_mass"] for layer in layers],
+        "oracle_mass": [layer["oracle_mass"] for layer in layers],
+    }
 
 
-def _ms(times: dict[str, Any], name: str) -> float | None:
-    return times[name].ms if times else None
+def _cycles(
+    loaded: LoadedModel,
+    method: Method,
+    sample: Mapping[str, Any],
+    machines: Mapping[str, hardware.Machine],
+) -> dict[str, int]:
+    if not machines:
+        return {}
+    trace = record(loaded.model, method, sample)
+    return {name: machine.simulate(trace).cycles for name, machine in machines.items()}
+
+
+def _work(layers: Sequence[LayerStats]) -> dict[str, Any]:
+    """Density over all layers, multiply-accumulates of one call, and what really ran."""
+    kept, allowed = (sum(layer[key] for layer in layers) for key in ("kept_pairs", "allowed_pairs"))
+    calls = max(1, layers[0]["calls"]) if layers else 1
+    return {
+        "density": kept / allowed if allowed else 1.0,
+        "macs": sum(layer["attention_macs"] + layer["prediction_macs"] for layer in layers) / calls,
+        "ran": sorted({f"{layer['ran']}, {layer['backend']}" for layer in layers}),
+    }
 
 
 class _Progress:
-    """One line of progress on the console; silent without one."""
+    """A progress bar on the console; silent without one."""
 
     def __init__(self, console: Console | None, total: int) -> None:
         from rich.progress import Progress
 
         self._progress = Progress(console=console, disable=console is None, transient=True)
-        self._task = self._progress.add_task("comparing", total=total)
+        self._task = self._progress.add_task("starting", total=total)
+        self._done = -1
+
+    def __enter__(self) -> Callable[[str], None]:
         self._progress.start()
+        return self._say
 
-    def say(self, what: str) -> None:
-        self._progress.update(self._task, advance=1, description=what)
-
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+    def _say(self, what: str) -> None:
+        self._done += 1
+        self._progress.update(self._task, completed=self._done, description=what)

@@ -84,7 +84,7 @@ def run_demo(
         out / "report.html",
         title="sparseloom demo: a byte-level language model at 2048 tokens",
         summary=summary(comparison),
-        results=comparison.results.to_dict(),
+        results=comparison.to_dict(),
         sections=sections(comparison, loaded),
         notes=_notes(comparison),
     )
@@ -93,20 +93,23 @@ def run_demo(
 
 def summary(comparison: Comparison) -> list[str]:
     """What the rows say at the headline sparsity, in sentences."""
-    rows = {_key(row): row for row in comparison.results.rows}
+    rows = {_key(row): row for row in comparison.rows}
     dense = rows["dense", None, None, False]
     dynamic = rows["dynamic", HEADLINE, (1, 1), False]
     vectors = rows["dynamic", HEADLINE, (8, 1), False]
     windows = [row for key, row in rows.items() if key[0] == "window" and key[1] == HEADLINE]
     window = min(windows, key=lambda row: row["value"])
-    mass = [e["retained_mass"] / e["oracle_mass"] for e in dynamic["prediction_accuracy"]]
+    mass = min(
+        ours / best
+        for ours, best in zip(dynamic["retained_mass"], dynamic["oracle_mass"], strict=True)
+    )
     cycles = dense["cycles"][MACHINE] / dynamic["cycles"][MACHINE]
     return [
         f"Dense attention needs {dense['value']:.4f} bits per byte on {dense['items']} held-out "
         "windows of 2048 bytes.",
         f"Dynamic sparse attention keeps {dynamic['density']:.1%} of the pairs and needs "
         f"{dynamic['value'] - dense['value']:+.4f} bits per byte; its masks hold at least "
-        f"{min(mass):.0%} of the oracle's probability mass in every layer.  In 8×1 vectors: "
+        f"{mass:.0%} of the oracle's probability mass in every layer.  In 8×1 vectors: "
         f"{vectors['value'] - dense['value']:+.4f}.",
         f"The better window of equal density, without any tuning, needs "
         f"{window['value'] - dense['value']:+.4f}.",
@@ -122,12 +125,12 @@ def sections(comparison: Comparison, loaded: LoadedModel) -> list[Section]:
     from sparseloom.report import figures
     from sparseloom.report.html import Section
 
-    rows = comparison.results.rows
+    rows = comparison.rows
     return [
         Section(
             "Quality and speed against density",
-            "Left: lower is better; the dotted rule is dense attention on the same weights.  Right: "
-            "time of one forward pass here; below the rule is faster than dense.",
+            "Left: lower is better; the dotted rule is dense attention on the same weights.  "
+            "Right: time of one forward pass here; below the rule is faster than dense.",
             (figures.quality_figure(rows), figures.speed_figure(rows, "model")),
         ),
         Section(
@@ -138,8 +141,9 @@ def sections(comparison: Comparison, loaded: LoadedModel) -> list[Section]:
         ),
         Section(
             "How good is the prediction, layer by layer",
-            "Solid: probability mass under the mask, as a share of the mass under the oracle's mask "
-            "of the same size.  Dotted: share of the oracle's keys found.  Click a name to show it.",
+            "Solid: probability mass under the mask, as a share of the mass under the oracle's "
+            "mask of the same size.  Dotted: share of the oracle's keys found.  Click a name to "
+            "show it.",
             (figures.accuracy_figure(rows),),
         ),
         Section(
@@ -158,13 +162,15 @@ def mask_figures(loaded: LoadedModel) -> list[Any]:
 
     task = get_task("stdlib")
     task.load(None)
-    calls = capture(loaded, task.sample(loaded))
+    calls = capture(loaded, next(iter(task.inputs(loaded, limit=1))))
     dynamic = with_predictor(DynamicSparse(sparsity=HEADLINE, **PREDICTOR), loaded)
     oracle = Oracle(sparsity=HEADLINE)
     figures = []
     for layer, head in ((len(calls) // 2 - 1, 0), (len(calls) - 1, 0)):
         with torch.no_grad():
-            figure = mask_figure(oracle.select(calls[layer]), dynamic.select(calls[layer]), head=head)
+            figure = mask_figure(
+                oracle.select(calls[layer]), dynamic.select(calls[layer]), head=head
+            )
         figure.update_layout(title={"text": f"layer {layer}, head {head}", "font": {"size": 14}})
         figures.append(figure)
     return figures
@@ -179,7 +185,7 @@ def _adapt(folder: Path, *, quick: bool, seed: int, progress: bool) -> Path:
     task = get_task("stdlib")
     task.load(None)
     steps = 40 if quick else 300
-    batches = task.batches(loaded, count=steps, size=2, seed=seed)
+    batches = task.batches(loaded, steps=steps, batch_size=2, seed=seed)
     method = adapt(
         loaded.model,
         DynamicSparse(sparsity=HEADLINE, **PREDICTOR),
@@ -208,8 +214,8 @@ def _speed(row: dict[str, Any], what: str) -> str:
 
 
 def _notes(comparison: Comparison) -> list[str]:
-    ran = sorted({name for row in comparison.results.rows for name in row["ran"]})
-    notes = sorted({row["note"] for row in comparison.results.rows if row["note"]})
+    ran = sorted({name for row in comparison.rows for name in row["ran"]})
+    notes = sorted({row["note"] for row in comparison.rows if row["note"]})
     return [
         f"What ran: {', '.join(ran)} (sparse or dense, and the kernel backend).",
         "Windows are untuned here; the study in results/ tunes every contender equally.",

@@ -75,14 +75,16 @@ def accuracy_figure(rows: Sequence[Row]) -> go.Figure:
 
     figure = _figure("layer", "share of the oracle's")
     for row in rows:
-        layers = row.get("prediction_accuracy")
-        if not layers or row["method"] == "oracle":
+        keys = row.get("prediction_accuracy")
+        if not keys or row["method"] == "oracle":
             continue
         label = f"{family(row)} {row['sparsity']:.0%}"
-        x = [entry["layer"] for entry in layers]
+        x = list(range(len(keys)))
         colour = COLOURS.get(family(row))
-        mass = [_ratio(entry["retained_mass"], entry["oracle_mass"]) for entry in layers]
-        keys = [entry["overlap"] for entry in layers]
+        mass = [
+            _ratio(ours, best)
+            for ours, best in zip(row["retained_mass"], row["oracle_mass"], strict=True)
+        ]
         for suffix, values, dash in (("mass", mass, "solid"), ("keys", keys, "dot")):
             figure.add_trace(
                 go.Scatter(

@@ -49,7 +49,9 @@ def write_report(
             "title": section.title,
             "text": section.text,
             "figures": [
-                figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
+                figure.to_html(
+                    full_html=False, include_plotlyjs=False, config={"displaylogo": False}
+                )
                 for figure in section.figures
             ],
         }

@@ -196,6 +196,8 @@ def finetune(
 
     was_training = model.training
     model.train()
+    if predictor is not None:
+        predictor.train()
     observer = seen if predictor is not None else None
     try:
         with sparsify(model, method, observer=observer):
@@ -212,6 +214,8 @@ def finetune(
             )
     finally:
         model.train(was_training)
+        if predictor is not None:
+            predictor.eval()
 
 
 def predictor_loss(
@@ -235,8 +239,10 @@ def _layer_loss(
 ) -> Tensor:
     query, key, hidden = call.query.float(), call.key.float(), call.hidden_states
     if hidden is None:
-        raise ValueError(f"hidden states of layer {call.layer} are missing: the model's attention "
-                         "module does not receive them, so no predictor can be trained")
+        raise ValueError(
+            f"hidden states of layer {call.layer} are missing: the model's attention "
+            "module does not receive them, so no predictor can be trained"
+        )
     hidden = hidden.float()
     if detach:
         query, key, hidden = query.detach(), key.detach(), hidden.detach()
@@ -244,7 +250,7 @@ def _layer_loss(
     chosen = rows.draw(q_len).to(query.device)
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query[:, :, chosen] @ key.transpose(-1, -2) * call.scale  # (B, H, rows, S)
-    low_q, low_k = predictor.layers[call.layer].project(hidden, call.rotary)
+    low_q, low_k = predictor.layers[call.layer].project(hidden, call.rotary, call.query_padding)
     predicted = low_q[:, :, chosen] @ low_k.transpose(-1, -2)  # (B, H, rows, S)
     columns = torch.arange(kv_len, device=query.device)
     allowed = torch.ones(1, 1, len(chosen), kv_len, dtype=torch.bool, device=query.device)
@@ -264,6 +270,7 @@ class _Collector:
     def on_attention(
         self, inputs: AttentionInputs, mask: SparseMask | None, output: Tensor
     ) -> None:
+        del mask, output
         self._calls[inputs.layer] = inputs  # by layer: recomputation must not count twice
 
     def take(self) -> list[AttentionInputs]:
@@ -302,6 +309,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _own_loss(outputs: Any, batch: Batch) -> Tensor:
+    del batch
     if getattr(outputs, "loss", None) is None:
         raise ValueError("batches need `labels` for joint steps, or pass model_loss")
     return outputs.loss

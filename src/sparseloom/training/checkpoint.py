@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 WEIGHTS = "sparseloom.safetensors"
 
 
-def save(model: PreTrainedModel, method: Method, path: Path | str, *, overwrite: bool = False) -> None:
+def save(
+    model: PreTrainedModel, method: Method, path: Path | str, *, overwrite: bool = False
+) -> None:
     """Write model and method to the folder `path`.
 
     The folder appears whole or not at all.  Raises FileExistsError when it exists and `overwrite`
@@ -75,7 +77,9 @@ def load(path: Path | str) -> tuple[PreTrainedModel, Method]:
 def save_method(method: Method, folder: Path) -> None:
     """Write what the method learned, if anything, as 16-bit safetensors into `folder`."""
     if isinstance(method, DynamicSparse) and method.predictor is not None:
-        state = {name: tensor.contiguous() for name, tensor in method.predictor.state_dict().items()}
+        state = {
+            name: tensor.contiguous() for name, tensor in method.predictor.state_dict().items()
+        }
         meta = {key: str(value) for key, value in method.predictor.shape().items()}
         save_file(state, folder / WEIGHTS, metadata=meta)
 

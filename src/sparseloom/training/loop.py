@@ -76,7 +76,7 @@ def run_loop(
         optimiser.load_state_dict(state["optimiser"])
         log, first = state["log"], int(state["step"])
 
-    with _bar(name, settings.steps, first, progress) as advance:
+    with _Bar(name, settings.steps, first, progress) as advance:
         for index in range(settings.steps):
             batch = next(batches, None)
             if batch is None:
@@ -90,7 +90,9 @@ def run_loop(
             for group, peak in zip(optimiser.param_groups, peaks, strict=True):
                 group["lr"] = peak * rate
             with accelerator.autocast():
-                loss, values = step({key: tensor.to(accelerator.device) for key, tensor in batch.items()})
+                loss, values = step(
+                    {key: tensor.to(accelerator.device) for key, tensor in batch.items()}
+                )
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"{name}: the loss is {loss.item()} at step {index}")
             accelerator.backward(loss)
@@ -101,7 +103,9 @@ def run_loop(
             log.append({"step": float(index + 1), **values})
             advance(values)
             done = index + 1
-            if checkpoint is not None and (done % settings.save_every == 0 or done == settings.steps):
+            if checkpoint is not None and (
+                done % settings.save_every == 0 or done == settings.steps
+            ):
                 _save(checkpoint, name, done, settings.steps, modules, optimiser, log)
     return log
 
@@ -140,7 +144,7 @@ def _save(
     part.replace(path)
 
 
-class _bar:
+class _Bar:
     """A rich progress bar that shows the last logged values; silent when not wanted."""
 
     def __init__(self, name: str, total: int, done: int, show: bool) -> None:

@@ -93,7 +93,9 @@ def sample_windows(corpus: np.ndarray, context: int, count: int, seed: int) -> T
     return torch.from_numpy(np.stack([corpus[s : s + context + 1] for s in starts])).long()
 
 
-def pretrain(recipe: Recipe, out: Path, *, save_every: int = 200, compile_model: bool = True) -> None:
+def pretrain(
+    recipe: Recipe, out: Path, *, save_every: int = 200, compile_model: bool = True
+) -> None:
     """Train to the end of the recipe, resuming from `out/state.pt` where it exists."""
     torch.manual_seed(recipe.seed)
     corpus = np.frombuffer(load_stdlib().train, dtype=np.uint8)

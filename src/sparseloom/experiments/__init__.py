@@ -1,0 +1,1 @@
+"""Studies that run the parts together: comparisons, sweeps, published tables."""
