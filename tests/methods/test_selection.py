@@ -94,9 +94,7 @@ def test_keeps_all() -> None:
 
 
 def test_worked_example_of_four_by_four() -> None:
-    scores = torch.tensor(
-        [[9.0, 8, 7, 6], [1, 2, 8, 9], [3, 3, 1, 9], [5, 1, 5, 5]]
-    )[None, None]
+    scores = torch.tensor([[9.0, 8, 7, 6], [1, 2, 8, 9], [3, 3, 1, 9], [5, 1, 5, 5]])[None, None]
     free = topk_mask(scores, sparsity=0.5, minimum_keys=1)
     assert rows_of(free) == [[[[0, 1], [2, 3], [0, 3], [0, 2]]]]
     # Causal budgets ⌈i/2⌉ for i = 1 … 4; the diagonal takes one place of each.

@@ -1,9 +1,9 @@
 """Methods: what chooses the pairs that are computed, and how they are named and stored."""
 
 from sparseloom.methods.base import (
+    Attender,
     AttentionInputs,
     AttentionShape,
-    Attender,
     LayerState,
     Method,
     Pruner,
@@ -22,9 +22,9 @@ from sparseloom.methods.window import SlidingWindow
 
 __all__ = [
     "METHODS",
+    "Attender",
     "AttentionInputs",
     "AttentionShape",
-    "Attender",
     "Dense",
     "DynamicSparse",
     "LayerPredictor",

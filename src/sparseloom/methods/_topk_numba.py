@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,7 @@ def select_rows(
         return
     edges = [total * part // workers for part in range(workers + 1)]
     jobs = [
-        _threads(workers).submit(work, *arrays, heads, low, high)
-        for low, high in zip(edges, edges[1:], strict=False)
+        _threads(workers).submit(work, *arrays, heads, low, high) for low, high in pairwise(edges)
     ]
     for job in jobs:
         job.result()

@@ -115,7 +115,7 @@ class AttentionInputs:
 
     @property
     def query_padding(self) -> Bool[Tensor, "batch q_len"] | None:
-        """Which queries are real, where queries and keys are the same tokens; None = all or unknown.
+        """Which queries are real, where queries and keys are the same tokens; else None.
 
         Only the grouping of queries into blocks uses it: a padded query must not vote.
         """
@@ -157,7 +157,8 @@ class Method(ABC):
 
         method = method_from_dict(data)
         if not isinstance(method, cls):
-            raise ValueError(f"method must be {getattr(cls, 'name', cls.__name__)!r}, got {method.name!r}")
+            wanted = getattr(cls, "name", cls.__name__)
+            raise ValueError(f"method must be {wanted!r}, got {method.name!r}")
         return method
 
     def __str__(self) -> str:
@@ -213,7 +214,7 @@ class Survivors(NamedTuple):
 
 
 class Pruner(Method):
-    """A method after which tokens or heads are gone from this layer on (SpAtten, cache eviction)."""
+    """A method after which tokens or heads are gone for later layers (SpAtten, cache eviction)."""
 
     @abstractmethod
     def prune(

@@ -45,7 +45,8 @@ class DynamicSparse(Selector):
         bits: 2, 4, 8, or 32 for none; of X, P·W̃, q̃ and k̃ alike.
         selection: `"topk"`, the same number of keys in every row (`topk_mask` has the budget rule),
             or `"threshold"`, every key whose predicted score reaches that of its layer and head.
-        thresholds: per layer and head, in units of q·k·scale (`calibrate_thresholds`).
+        thresholds: per layer and head, in units of q·k·scale; they belong to the sparsity that
+            `calibrate_thresholds` took them at.
         pooling: how pairs become one score per block (`pool_scores`).
         minimum_keys: keys that a query keeps at least, if it may see as many.
         rotary: rotate q̃ and k̃ in models with rotary positions; False is equation 5 as printed,
@@ -110,7 +111,7 @@ class DynamicSparse(Selector):
         return self.mask_from_scores(self.predicted_scores(inputs), inputs)
 
     def predicted_scores(self, inputs: AttentionInputs) -> Scores:
-        """S̃ of the call's queries against all keys, row by row on demand; appends to `inputs.past`."""
+        """S̃ of the call's queries against all keys, on demand; appends to `inputs.past`."""
         layer, past = self._layer(inputs), _past(inputs)
         with torch.no_grad():
             q, k = self._encode(layer, inputs)
@@ -216,9 +217,7 @@ class DynamicSparse(Selector):
 
 
 @torch.no_grad()
-def calibrate_thresholds(
-    method: DynamicSparse, calls: Iterable[AttentionInputs]
-) -> DynamicSparse:
+def calibrate_thresholds(method: DynamicSparse, calls: Iterable[AttentionInputs]) -> DynamicSparse:
     """`method` with selection by thresholds that drop its `sparsity` of the pairs in `calls`.
 
     The threshold of a layer and head is the (1 - sparsity) share of its largest predicted scores

@@ -84,6 +84,6 @@ class Oracle(Selector):
         return self.sparsity is None or not keeps_all(kv_len, self.sparsity, self.minimum_keys)
 
     def prediction_macs(self, shape: AttentionShape) -> int:
-        """All allowed scores at full width: q_len · kv_len · head_dim per head, or half if causal."""
+        """All allowed scores at full width: head_dim per pair and head."""
         pairs = shape.allowed_pairs
         return shape.batch * shape.heads * pairs * shape.head_dim

@@ -271,7 +271,7 @@ class Predictor(nn.Module):
         rotary: bool = False,
         seed: int = 0,
     ) -> Predictor:
-        """An untrained predictor for a model of this shape; `projection` is σ = width / head_dim."""
+        """An untrained predictor for such a model; `projection` is σ = width / head_dim."""
         check_at_least("layers", layers, 1)
         width = predictor_width(head_dim, projection, rotary=rotary)
         return cls._make(layers, hidden_size, heads, head_dim, width, bits, rotary, seed)
@@ -320,12 +320,13 @@ class Predictor(nn.Module):
                 sizes[name] = {"True": 1, "False": 0}[text] if name == "rotary" else int(text)
             except (KeyError, ValueError):
                 raise ValueError(f"{name} of the stored predictor is damaged: {text!r}") from None
-        predictor = cls._make(**{**sizes, "rotary": bool(sizes["rotary"])}, seed=0)
+        rotary = bool(sizes.pop("rotary"))
+        predictor = cls._make(**sizes, rotary=rotary, seed=0)
         try:
             predictor.load_state_dict(dict(state))
         except RuntimeError as error:
             first = str(error).splitlines()[-1].strip()
-            raise ValueError(f"the stored predictor's weights do not fit its sizes: {first}") from None
+            raise ValueError(f"weights of the stored predictor do not fit: {first}") from None
         return predictor.eval()
 
     @classmethod

@@ -57,13 +57,13 @@ def retained_mass(
     key_padding: Bool[Tensor, "batch kv_len"] | None = None,
     query_padding: Bool[Tensor, "batch q_len"] | None = None,
 ) -> Float[Tensor, "batch heads"]:
-    """Share of the true attention probability that the mask keeps, mean over the queries, in [0, 1].
+    """Share of the true attention probability that the mask keeps: mean over queries, in [0, 1].
 
     Queries that may attend to nothing, and padded ones where `query_padding` (True = real) is
     given, do not count.  `scale` defaults to 1/√head_dim.  Where no query counts, the share is 1.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = Scores.from_query_key(query, key, scale)
+    default = 1 / math.sqrt(query.shape[-1])
+    scores = Scores.from_query_key(query, key, default if scale is None else scale)
     if (mask.q_len, mask.kv_len) != (scores.q_len, scores.kv_len):
         raise ValueError(
             f"mask must have q_len {scores.q_len} and kv_len {scores.kv_len}, "

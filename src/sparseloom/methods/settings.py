@@ -44,6 +44,8 @@ def parse_value(name: str, text: str, hint: Any) -> Any:
         return None
     if typing.get_origin(inner) is tuple:
         return _parse_tuple(name, text, inner)
+    if typing.get_origin(inner) is typing.Literal:
+        check_choice(name, text, typing.get_args(inner))
     if inner is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{name} must be true or false, got {text!r}")

@@ -1,0 +1,235 @@
+"""What every method promises.  A new method is listed here once, in EXAMPLES."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+
+import pytest
+import torch
+
+from sparseloom.mask import SparseMask
+from sparseloom.methods import (
+    METHODS,
+    AttentionInputs,
+    Dense,
+    DynamicSparse,
+    Method,
+    Oracle,
+    Predictor,
+    RandomMask,
+    Selector,
+    SlidingWindow,
+    format_method,
+    method_names,
+    parse_method,
+)
+
+HEADS, HEAD_DIM, HIDDEN = 2, 8, 24
+PREDICTOR = Predictor.for_shape(
+    layers=2, hidden_size=HIDDEN, heads=HEADS, head_dim=HEAD_DIM, projection=0.5, rotary=True
+).eval()
+
+EXAMPLES: dict[str, list[Method]] = {
+    "dense": [Dense()],
+    "oracle": [
+        Oracle(sparsity=0.75, minimum_keys=2),
+        Oracle(sparsity=0.0),
+        Oracle(threshold=0.01, block_size=(4, 2)),
+        Oracle(sparsity=0.5, block_size=(8, 1), pooling="max", minimum_keys=1),
+    ],
+    "dynamic": [
+        DynamicSparse(sparsity=0.8, projection=0.5, minimum_keys=3, predictor=PREDICTOR),
+        DynamicSparse(projection=0.5, block_size=(8, 1), predictor=PREDICTOR),
+        DynamicSparse(
+            projection=0.5,
+            selection="threshold",
+            thresholds=((0.5, -1e-05), (1.0, 0.25)),
+            predictor=PREDICTOR,
+        ),
+    ],
+    "window": [
+        SlidingWindow(sparsity=0.9),
+        SlidingWindow(width=5),
+        SlidingWindow(sparsity=0.7, growing=True, minimum_keys=3),
+    ],
+    "random": [RandomMask(sparsity=0.8, seed=3), RandomMask(minimum_keys=1)],
+}
+CASES = [
+    pytest.param(method, id=format_method(method))
+    for methods in EXAMPLES.values()
+    for method in methods
+]
+
+
+def inputs_of(
+    q_len: int = 20, *, is_causal: bool = True, padding: bool = False, batch: int = 2
+) -> AttentionInputs:
+    generator = torch.Generator().manual_seed(q_len)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    angles = torch.arange(q_len)[:, None] / 10.0 ** torch.arange(HEAD_DIM // 2)
+    angles = torch.cat([angles, angles], -1)[None]
+    key_padding = None
+    if padding:
+        key_padding = torch.ones(batch, q_len, dtype=torch.bool)
+        key_padding[0, :7] = False
+    return AttentionInputs(
+        query=draw(batch, HEADS, q_len, HEAD_DIM),
+        key=draw(batch, 1, q_len, HEAD_DIM),
+        value=draw(batch, 1, q_len, HEAD_DIM),
+        layer=1,
+        is_causal=is_causal,
+        scale=HEAD_DIM**-0.5,
+        key_padding=key_padding,
+        hidden_states=draw(batch, q_len, HIDDEN),
+        rotary=(angles.cos(), angles.sin()),
+    )
+
+
+def test_every_method_is_listed() -> None:
+    assert list(EXAMPLES) == list(METHODS) == method_names()
+    for name, methods in EXAMPLES.items():
+        assert all(type(method) is METHODS[name] for method in methods)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_text_and_json_round_trips(method: Method) -> None:
+    assert parse_method(format_method(method)) == method
+    assert str(method) == format_method(method)
+    stored = json.loads(json.dumps(method.to_dict()))
+    assert stored["method"] == method.name
+    assert stored["version"] == method.version
+    assert Method.from_dict(stored) == method
+    assert type(method).from_dict(stored) == method
+    assert hash(Method.from_dict(stored)) == hash(method)
+    assert pickle.loads(pickle.dumps(method)) == method
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_settings_are_frozen_and_documented(method: Method) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.sparsity = 0.5  # pyright: ignore[reportAttributeAccessIssue]
+    doc = type(method).__doc__ or ""
+    for field in dataclasses.fields(method):  # pyright: ignore[reportArgumentType]
+        assert f"{field.name}:" in doc
+    assert method.capabilities <= {"select", "prune", "attend"}
+    assert method.capabilities
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("padding", [True, False])
+@pytest.mark.parametrize("method", CASES)
+def test_masks_are_valid_and_keep_something(method: Method, is_causal: bool, padding: bool) -> None:
+    assert isinstance(method, Selector)
+    inputs = inputs_of(is_causal=is_causal, padding=padding)
+    mask = method.select(inputs)
+    SparseMask(  # the constructor checks order, range and offsets
+        mask.indices, mask.offsets, block_size=mask.block_size, q_len=20, kv_len=20
+    )
+    assert mask.batch in (1, 2)
+    assert HEADS % mask.heads == 0
+    keep = mask.to_bool().expand(2, HEADS, 20, 20)
+    may = torch.ones(20, 20, dtype=torch.bool)
+    may = (may.tril() if is_causal else may).expand(2, 1, 20, 20)
+    if inputs.key_padding is not None:
+        may = may & inputs.key_padding[:, None, None, :]
+    real_rows = torch.ones(2, 20).bool() if inputs.key_padding is None else inputs.key_padding
+    assert ((keep & may).any(-1) | ~real_rows[:, None]).all()
+    if is_causal:
+        diagonal = torch.diagonal(keep, dim1=-2, dim2=-1)
+        real = torch.diagonal(may, dim1=-2, dim2=-1)
+        assert (diagonal | ~real).all()
+    assert method.select(inputs) == mask
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_cost_rule_and_costs(method: Method) -> None:
+    assert isinstance(method, Selector)
+    inputs = inputs_of()
+    shape = inputs.shape
+    assert method.prediction_macs(shape) >= 0
+    assert not method.worthwhile(1, 1) or isinstance(method, Oracle)
+    dropped = getattr(method, "sparsity", None) or getattr(method, "width", None)
+    dropped = dropped or getattr(method, "threshold", None)
+    assert method.worthwhile(4096, 4096) == bool(dropped)
+    state = method.new_state(0)
+    assert (state is not None) == method.owns_cache_state
+
+
+def test_shape_counts_the_allowed_pairs() -> None:
+    shape = inputs_of().shape
+    assert (shape.heads, shape.kv_heads, shape.hidden_size) == (HEADS, 1, HIDDEN)
+    assert shape.allowed_pairs == 210
+    assert dataclasses.replace(shape, q_len=1).allowed_pairs == 20
+    assert dataclasses.replace(shape, q_len=30).allowed_pairs == 210
+    assert dataclasses.replace(shape, is_causal=False).allowed_pairs == 400
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("dynamix", "unknown method 'dynamix'; did you mean 'dynamic'"),
+        ("", "unknown method ''"),
+        ("dense:sparsity=0.5", "unknown setting of method 'dense': 'sparsity'"),
+        ("dynamic:sparsty=0.5", "did you mean 'sparsity'"),
+        ("dynamic:sparsity=1.5", r"sparsity must be in \[0, 1\), got 1.5"),
+        ("dynamic:sparsity=nan", r"sparsity must be in \[0, 1\)"),
+        ("dynamic:sparsity", "must read tag:setting=value"),
+        ("dynamic:", "must read tag:setting=value"),
+        ("dynamic:sparsity=.5,sparsity=.6", "given twice"),
+        ("dynamic:sparsity=lots", "sparsity must be a number, got 'lots'"),
+        ("dynamic:bits=3", "bits must be one of 2, 4, 8, 32, got 3"),
+        ("dynamic:bits=4.0", "bits must be an integer, got '4.0'"),
+        ("dynamic:block_size=8", "block_size must be 2 numbers as 8x8, got '8'"),
+        ("dynamic:block_size=8x0", "block_size must be two positive integers"),
+        ("dynamic:rotary=yes", "rotary must be true or false, got 'yes'"),
+        ("dynamic:projection=0", r"projection must be in \(0, 1\], got 0.0"),
+        ("dynamic:selection=best", "selection must be one of 'topk', 'threshold', got 'best'"),
+        ("dynamic:pooling=mean", "pooling must be one of 'mass', 'max', got 'mean'"),
+        ("dynamic:minimum_keys=0", "minimum_keys must be an integer of at least 1, got 0"),
+        ("oracle", "exactly one of sparsity and threshold must be given, got neither"),
+        ("oracle:sparsity=0.5,threshold=0.1", "got sparsity=0.5 and threshold=0.1"),
+        ("oracle:threshold=0", r"threshold must be in \(0, 1\), got 0.0"),
+        ("window", "exactly one of sparsity and width"),
+        ("window:width=4,growing=true", "width must be none for a growing window, got 4"),
+        ("random:seed=-1", "seed must be an integer of at least 0, got -1"),
+    ],
+)
+def test_bad_text_is_refused_in_one_sentence(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        parse_method(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"sparsity": 0.5}, "needs the key 'method'"),
+        ({"method": "quantum"}, "unknown method 'quantum'"),
+        ({"method": 7}, "unknown method '7'"),
+        ({"method": "random", "version": 2}, r"version of method 'random' must be in \[1, 1\]"),
+        ({"method": "random", "sead": 2}, "did you mean 'seed'"),
+        ({"method": "random", "seed": 2.5}, "seed must be an integer, got 2.5"),
+        ({"method": "random", "sparsity": None}, "sparsity must be a number, got None"),
+        ({"method": "random", "sparsity": True}, "sparsity must be a number, got True"),
+        ({"method": "oracle", "sparsity": 0.5, "block_size": [8]}, "block_size must be 2 numbers"),
+    ],
+)
+def test_bad_dicts_are_refused(data: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Method.from_dict(data)
+
+
+def test_values_are_read_as_people_write_them() -> None:
+    method = parse_method(" dynamic : sparsity=.95, block_size=8x1 ,rotary=False, thresholds=None")
+    assert method == DynamicSparse(sparsity=0.95, block_size=(8, 1), rotary=False)
+    assert format_method(method) == "dynamic:sparsity=0.95,block_size=8x1,rotary=false"
+    assert format_method(DynamicSparse()) == "dynamic"
+    yaml = {"method": "dynamic", "sparsity": 0, "block_size": "8x1"}
+    assert Method.from_dict(yaml) == DynamicSparse(sparsity=0.0, block_size=(8, 1))
+    with pytest.raises(ValueError, match="method must be 'oracle', got 'dense'"):
+        Oracle.from_dict({"method": "dense"})
