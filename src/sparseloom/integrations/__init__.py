@@ -1,0 +1,18 @@
+"""Hugging Face transformers: attach a method to a model, describe it, record what it does."""
+
+from sparseloom.integrations._compat import in_recomputation
+from sparseloom.integrations.call import Observer
+from sparseloom.integrations.describe import describe
+from sparseloom.integrations.huggingface import Sparsified, sparsify
+from sparseloom.integrations.record import record
+from sparseloom.integrations.stats import LayerStats
+
+__all__ = [
+    "LayerStats",
+    "Observer",
+    "Sparsified",
+    "describe",
+    "in_recomputation",
+    "record",
+    "sparsify",
+]

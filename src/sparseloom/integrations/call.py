@@ -1,0 +1,201 @@
+"""One attention call of a sparsified model, from what transformers passes to the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from sparseloom.integrations import _compat
+from sparseloom.integrations.cache import SparseLayer, layer_of
+from sparseloom.integrations.diagnose import measure
+from sparseloom.integrations.padding import PaddingReader
+from sparseloom.integrations.stats import LayerCounts
+from sparseloom.kernels import attention, choose_backend
+from sparseloom.mask import SparseMask
+from sparseloom.methods.base import Attender, AttentionInputs, Method, Selector
+
+# Arguments of other attention functions that change the result; None and False are harmless.
+_UNSUPPORTED = {
+    "softcap": "soft-capped scores",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "position_bias": "a position bias on the scores",
+    "head_mask": "a mask over heads",
+    "block_indices": "the model's own sparse attention",
+    "indices": "the model's own sparse attention",
+    "cu_seq_lens_q": "sequences packed into one row",
+    "cache": "a paged cache",
+    "output_attentions": "returning attention matrices",
+}
+
+
+class Observer(Protocol):
+    """Sees every attention call of a sparsified model."""
+
+    def on_attention(
+        self, inputs: AttentionInputs, mask: SparseMask | None, output: Tensor
+    ) -> None:
+        """`output` is (batch, heads, q_len, head_dim); `mask` is None where the call ran dense.
+
+        Gradient checkpointing calls it again during the backward pass: key what is kept by
+        `inputs.layer`, or leave out calls for which `in_recomputation()` holds.
+        """
+        ...
+
+
+@dataclass(eq=False)
+class Session:
+    """What the attention calls of one sparsified model share."""
+
+    method: Method
+    backend: str
+    observer: Observer | None
+    diagnose: bool
+    counts: dict[int, LayerCounts] = field(default_factory=dict)
+    read_padding: PaddingReader = field(default_factory=PaddingReader)
+
+
+@dataclass(eq=False)
+class Site:
+    """What is known of one attention module while its model is sparsified."""
+
+    session: Session
+    layer: int
+    hidden_states: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    cache: SparseLayer | None = None
+
+
+SITES: WeakKeyDictionary[nn.Module, Site] = WeakKeyDictionary()
+
+
+def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an attention module: keeps what its attention function does not get."""
+    site = SITES.get(module)
+    if site is None:  # a copy of a sparsified model
+        return
+    if kwargs.get("encoder_hidden_states") is not None:
+        raise NotImplementedError("encoder_hidden_states: cross-attention is not supported")
+    site.hidden_states = kwargs.get("hidden_states", args[0] if args else None)
+    rotary = kwargs.get("position_embeddings")
+    site.rotary = rotary if isinstance(rotary, tuple) and len(rotary) == 2 else None
+    caches = (value for value in (*args, *kwargs.values()) if isinstance(value, Cache))
+    cache = next(caches, None)
+    index = getattr(module, "layer_idx", site.layer)
+    site.cache = None if cache is None else layer_of(cache, index)
+
+
+def attention_function(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads q_len head_dim"],
+    key: Float[Tensor, "batch kv_heads kv_len head_dim"],
+    value: Float[Tensor, "batch kv_heads kv_len value_dim"],
+    attention_mask: Shaped[Tensor, "..."] | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "batch q_len heads value_dim"], None]:
+    """The attention function registered with transformers.
+
+    Runs the method of the model that the module belongs to.  A module of no sparsified model
+    (another model with the same configuration object) runs dense.
+
+    Raises:
+        NotImplementedError: an argument asks for something that would be left out.
+    """
+    for name, what in _UNSUPPORTED.items():
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise NotImplementedError(f"{name}: sparse attention does not support {what}")
+    window = kwargs.get("sliding_window")
+    if window is not None and key.shape[2] > window:
+        raise NotImplementedError(
+            f"sliding_window: the model's own window of {window} tokens is shorter than the "
+            f"{key.shape[2]} tokens seen, and a window inside the model is not supported"
+        )
+    causal = _compat.is_causal(module, kwargs.get("is_causal"))
+    scale = _compat.scale_of(module, query.shape[-1], scaling)
+    site = SITES.get(module)
+    read = PaddingReader() if site is None else site.session.read_padding
+    batch, q_len, kv_len = query.shape[0], query.shape[2], key.shape[2]
+    valid = read(attention_mask, q_len=q_len, is_causal=causal)
+    if site is not None and site.cache is not None:
+        valid = site.cache.remember(valid, batch=batch, new=q_len, total=kv_len)
+    if valid is not None:
+        if valid.shape[1] != kv_len:
+            raise ValueError(
+                f"attention_mask covers {valid.shape[1]} tokens, but there are {kv_len} keys"
+            )
+        valid = valid.expand(batch, -1)
+    past = None
+    if site is not None and site.cache is not None:
+        past = site.cache.claim(site.session.method, site.layer, kv_len - q_len)
+    inputs = AttentionInputs(
+        query=query,
+        key=key,
+        value=value,
+        layer=0 if site is None else site.layer,
+        is_causal=causal,
+        key_padding=valid,
+        scale=scale,
+        hidden_states=None if site is None else site.hidden_states,
+        rotary=None if site is None else site.rotary,
+        past=past,
+    )
+    if site is None:
+        out, _ = _compute(inputs, None, dropout, "auto")
+    else:
+        site.hidden_states = site.rotary = site.cache = None  # keep no activations alive
+        out = _run(site.session, inputs, dropout)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _run(session: Session, inputs: AttentionInputs, dropout: float) -> Tensor:
+    """Choose, compute, count and show one attention call."""
+    method, mask, prediction_macs = session.method, None, 0
+    if isinstance(method, Selector):
+        with torch.no_grad():  # a mask is a constant of the model's loss
+            if method.worthwhile(inputs.query.shape[2], inputs.key.shape[2]):
+                mask = method.select(inputs)
+                prediction_macs = method.prediction_macs(inputs.shape)
+            else:
+                method.remember(inputs)
+    backend = "auto" if mask is None else session.backend
+    if isinstance(method, Attender):
+        out, name = method.attend(inputs), method.name
+    else:
+        out, name = _compute(inputs, mask, dropout, backend)
+    if not _compat.in_recomputation():
+        quality = session.diagnose and mask is not None
+        session.counts.setdefault(inputs.layer, LayerCounts()).add(
+            inputs,
+            mask,
+            backend=name,
+            prediction_macs=prediction_macs,
+            quality=measure(inputs, mask, method) if quality else {},
+        )
+    if session.observer is not None:
+        session.observer.on_attention(inputs, mask, out)
+    return out
+
+
+def _compute(
+    inputs: AttentionInputs, mask: SparseMask | None, dropout: float, backend: str
+) -> tuple[Tensor, str]:
+    """The attention output (B, H, L, Dv) and the backend that made it."""
+    tensors = (inputs.query, inputs.key, inputs.value, mask)
+    options: Any = {
+        "is_causal": inputs.is_causal,
+        "key_padding": inputs.key_padding,
+        "scale": inputs.scale,
+        "dropout_p": dropout,
+        "enable_gqa": inputs.query.shape[1] != inputs.key.shape[1],
+    }
+    if backend == "auto":
+        backend = choose_backend(*tensors, **options)
+    return attention(*tensors, **options, backend=backend), backend

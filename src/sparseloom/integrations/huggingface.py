@@ -1,0 +1,211 @@
+"""`sparsify`: run a Hugging Face model with a method's attention, and give it back unchanged.
+
+One attention function and one mask function are registered with transformers at first use and
+selected through the configuration of one model.  Everything else stays on our side: a table from
+attention module to what is known of it, filled by forward pre-hooks (hidden states, rotary
+embeddings, cache layer), because transformers passes none of these to attention functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from types import MethodType, TracebackType
+from typing import Any
+
+from torch import nn
+
+from sparseloom.errors import unknown_name
+from sparseloom.integrations import _compat, padding
+from sparseloom.integrations.call import SITES, Observer, Session, Site, attention_function, capture
+from sparseloom.integrations.describe import attention_modules, config_of
+from sparseloom.integrations.stats import LayerStats
+from sparseloom.kernels.ops import BACKENDS
+from sparseloom.methods.base import Method, Pruner
+
+NAME = "sparseloom"
+"""The name of our functions in transformers' registries."""
+
+_IMPLEMENTATION = "_attn_implementation_internal"
+
+
+def sparsify(
+    model: nn.Module,
+    method: Method | Sequence[Method],
+    *,
+    backend: str = "auto",
+    observer: Observer | None = None,
+    diagnose: bool = False,
+) -> Sparsified:
+    """Run a model with sparse attention for as long as the `with` block lasts.
+
+    ```python
+    with sl.sparsify(model, sl.Oracle(sparsity=0.9)) as sparse:
+        model(**inputs)
+        model.generate(**inputs)
+        sparse.stats()
+    ```
+
+    Supported: encoders and decoder-only models whose attention goes through transformers'
+    attention interface (BERT, RoBERTa, DistilBERT, GPT-2, Llama, Mistral, Qwen …; of transformers
+    4.x BERT and RoBERTa too), padding on either side, grouped-query attention, batches, greedy
+    and beam search with the dynamic cache, training with attention dropout and with gradient
+    checkpointing.
+
+    Args:
+        model: a Hugging Face model; restored exactly on exit, also after an exception.
+        method: what chooses the pairs.  A list may hold one method for now.
+        backend: kernel of the sparse calls, as in `sparseloom.attention`.  A method that decides
+            to run dense (`Selector.worthwhile`) takes the dense kernel, and `stats()` says so.
+        observer: called after every attention call.
+        diagnose: also measure each choice against the exact top-k of the same size (slow).
+
+    Returns:
+        A context manager; `stats()` and `reset()` also work after the block.
+
+    Raises:
+        TypeError: not a Hugging Face model, or not a method.
+        NotImplementedError: the model or the method is of an unsupported kind.  Inside the block:
+            static or quantised caches, soft-capped scores, attention sinks, position biases,
+            windows of the model itself, attention outputs; nothing of it is ever ignored.
+        RuntimeError: on entry, the model (or a part of it) is sparsified already.
+    """
+    config_of(model)
+    if backend not in (names := ("auto", "dense", *BACKENDS)):
+        raise unknown_name("backend", backend, names)
+    return Sparsified(model, _one_method(method), backend, observer, diagnose)
+
+
+class Sparsified:
+    """A model and the method that runs in it: what `sparsify` returns."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        backend: str,
+        observer: Observer | None,
+        diagnose: bool,
+    ) -> None:
+        self.model = model
+        self.method = method
+        self._session = Session(method, backend, observer, diagnose)
+        self._undo: ExitStack | None = None
+
+    def __enter__(self) -> Sparsified:
+        modules = attention_modules(self.model)
+        legacy = [module for module in modules if _compat.has_bert_layout(module)]
+        if not _compat.follows_interface(self.model) and len(legacy) != len(modules):
+            raise NotImplementedError(
+                f"{type(self.model).__name__} does not follow the attention interface of "
+                f"transformers {_compat.VERSION}, so its attention cannot be replaced"
+                f"{' (a newer transformers may help)' if _compat.MAJOR < 5 else ''}"
+            )
+        if any(module in SITES for module in modules):
+            raise RuntimeError(
+                f"model: this {type(self.model).__name__} is sparsified already; leave the outer "
+                "block first"
+            )
+        _compat.register(NAME, attention_function, padding.mask_function)
+        with ExitStack() as undo:
+            for layer, module in enumerate(modules):
+                SITES[module] = Site(self._session, layer)
+                undo.callback(SITES.pop, module, None)
+                hook = module.register_forward_pre_hook(capture, with_kwargs=True)
+                undo.callback(hook.remove)
+            for module in legacy:
+                undo.callback(_replace_forward(module))
+            for module in self.model.modules():
+                if hasattr(module, "_supports_attention_backend"):  # it and models inside it
+                    hook = module.register_forward_pre_hook(_refuse_outputs, with_kwargs=True)
+                    undo.callback(hook.remove)
+            if not legacy:
+                for config in _configs(self.model):
+                    undo.callback(_select(config))
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._undo is not None:
+            self._undo.close()
+            self._undo = None
+
+    def stats(self) -> list[LayerStats]:
+        """One row per layer that has run, in order; see `LayerStats` for the keys."""
+        name = str(self.method)
+        return [counts.row(layer, name) for layer, counts in sorted(self._session.counts.items())]
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self._session.counts.clear()
+
+
+def _one_method(method: Method | Sequence[Method]) -> Method:
+    methods = [method] if isinstance(method, Method) else list(method)
+    for one in methods:
+        if not isinstance(one, Method):
+            raise TypeError(f"method must be a Method or a list of one, got {type(one).__name__}")
+    if len(methods) != 1:
+        raise NotImplementedError(
+            f"method: {len(methods)} methods cannot be composed yet, give exactly one"
+        )
+    if isinstance(methods[0], Pruner):
+        raise NotImplementedError(f"method: pruning ({methods[0].name}) is not supported yet")
+    return methods[0]
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every configuration object in the model, each once (they cannot be hashed)."""
+    found = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in found if hasattr(config, "model_type")}.values())
+
+
+# Configurations in use, with the number of users: models built from one object share it.
+_SELECTED: dict[int, tuple[Any, object, int]] = {}
+
+
+def _select(config: Any) -> Callable[[], None]:
+    """Select our attention in a configuration; returns what takes it back."""
+    held, before, users = _SELECTED.get(id(config), (config, None, 0))
+    if users == 0:
+        before = vars(config).get(_IMPLEMENTATION)
+        setattr(config, _IMPLEMENTATION, NAME)
+    _SELECTED[id(config)] = (held, before, users + 1)
+
+    def take_back() -> None:
+        held, before, users = _SELECTED.pop(id(config))
+        if users > 1:
+            _SELECTED[id(config)] = (held, before, users - 1)
+        else:
+            setattr(config, _IMPLEMENTATION, before)
+
+    return take_back
+
+
+def _replace_forward(module: nn.Module) -> Callable[[], None]:
+    """Give one module our forward; returns what takes it back."""
+    own = vars(module)
+    before = own.get("forward")
+    own["forward"] = MethodType(_compat.bert_forward(attention_function), module)
+
+    def take_back() -> None:
+        if before is None:
+            del own["forward"]
+        else:
+            own["forward"] = before
+
+    return take_back
+
+
+def _refuse_outputs(module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+    config = getattr(module, "config", None)
+    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise NotImplementedError(
+            "output_attentions: sparse attention makes no full attention matrix to return; see "
+            "the observer argument of sparsify for the kept pairs"
+        )

@@ -1,0 +1,150 @@
+"""What ran in each layer: pairs, multiply-accumulates, bytes, and how good the choice was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from sparseloom.mask import SparseMask, allowed_pairs
+from sparseloom.methods.base import AttentionInputs
+
+
+class LayerStats(TypedDict, total=False):
+    """One row of `Sparsified.stats()`; sums over the calls of one layer unless said otherwise.
+
+    Attributes:
+        layer: its number.
+        method: short form of the method.
+        ran: "sparse" or "dense": what the calls did ("sparse" if any did).
+        backend: the kernel that ran last.
+        calls, dense_calls: attention calls, and those of them that the method ran dense.
+        density: kept over allowed pairs (`SparseMask.density`).
+        kept_pairs, allowed_pairs: (query, key) pairs over batch and query heads.
+        attention_macs, dense_macs: multiply-accumulates of Q·Kᵀ and P·V over the kept, and over
+            the allowed pairs.
+        prediction_macs: multiply-accumulates spent on choosing.
+        bytes: least memory traffic of the calls: queries and outputs once, of each key/value head
+            as many keys and values as can have been kept, and the mask's index lists.
+        prediction_overlap, retained_mass, oracle_mass: with `diagnose=True`, means over sparse
+            calls of: pairs shared with the exact top-k of the same size, probability kept, and
+            probability that exact top-k keeps.
+    """
+
+    layer: int
+    method: str
+    ran: str
+    backend: str
+    calls: int
+    dense_calls: int
+    density: float
+    kept_pairs: int
+    allowed_pairs: int
+    attention_macs: int
+    prediction_macs: int
+    dense_macs: int
+    bytes: int
+    prediction_overlap: float
+    retained_mass: float
+    oracle_mass: float
+
+
+@dataclass
+class LayerCounts:
+    """Sums over the calls of one layer."""
+
+    calls: int = 0
+    dense_calls: int = 0
+    kept: int = 0
+    allowed: int = 0
+    attention_macs: int = 0
+    dense_macs: int = 0
+    prediction_macs: int = 0
+    bytes: int = 0
+    backend: str = ""
+    quality: dict[str, list[float]] = field(default_factory=dict)
+
+    def row(self, layer: int, method: str) -> LayerStats:
+        """The counts as a row of statistics."""
+        row = LayerStats(
+            layer=layer,
+            method=method,
+            ran="sparse" if self.calls > self.dense_calls else "dense",
+            backend=self.backend,
+            calls=self.calls,
+            dense_calls=self.dense_calls,
+            density=self.kept / self.allowed if self.allowed else 0.0,
+            kept_pairs=self.kept,
+            allowed_pairs=self.allowed,
+            attention_macs=self.attention_macs,
+            prediction_macs=self.prediction_macs,
+            dense_macs=self.dense_macs,
+            bytes=self.bytes,
+        )
+        means: Any = {name: sum(values) / len(values) for name, values in self.quality.items()}
+        row.update(means)
+        return row
+
+    def add(
+        self,
+        inputs: AttentionInputs,
+        mask: SparseMask | None,
+        *,
+        backend: str,
+        prediction_macs: int = 0,
+        quality: Mapping[str, float] | None = None,
+    ) -> None:
+        """Count one call; `mask` is None where it ran dense."""
+        batch, heads, q_len, head_dim = inputs.query.shape
+        kv_heads, kv_len = inputs.key.shape[1:3]
+        value_dim = head_dim if inputs.value is None else inputs.value.shape[-1]
+        width = head_dim + value_dim
+        who: Any = {"is_causal": inputs.is_causal, "key_padding": inputs.key_padding}
+        allowed = allowed_pairs(q_len, kv_len, **who)[:, None].expand(batch, heads)  # (B, H)
+        kept = allowed
+        if mask is not None:
+            kept = kept_pairs(mask, **who)
+            kept = kept.expand(batch, -1).repeat_interleave(heads // kept.shape[1], dim=1)
+        self.backend = backend
+        self.prediction_macs += prediction_macs
+        for name, measured in (quality or {}).items():
+            self.quality.setdefault(name, []).append(measured)
+        self.calls += 1
+        self.dense_calls += mask is None
+        self.kept += (all_kept := int(kept.sum()))
+        self.allowed += (all_allowed := int(allowed.sum()))
+        self.attention_macs += all_kept * width
+        self.dense_macs += all_allowed * width
+        # A key that no query keeps is never read; each pair can bring in one at most.
+        keys = int(kept.unflatten(1, (kv_heads, -1)).sum(-1).clamp(max=kv_len).sum())
+        rows = batch * heads * q_len
+        self.bytes += inputs.query.element_size() * (rows + keys) * width
+        if mask is not None:
+            self.bytes += sum(t.numel() * t.element_size() for t in (mask.indices, mask.offsets))
+
+
+def kept_pairs(
+    mask: SparseMask, *, is_causal: bool, key_padding: Tensor | None
+) -> Int64[Tensor, "batch heads"]:
+    """`mask.kept_pairs`, from the row ends alone where no kept pair is forbidden.
+
+    A fine-grained mask of a causal method keeps allowed pairs only, and the last index of each
+    row proves it: counting then costs as much as there are rows, not pairs.
+    """
+    if mask.block_size == (1, 1) and key_padding is None:
+        starts, ends = mask.offsets[..., :-1], mask.offsets[..., 1:]
+        if not is_causal or _ends_are_visible(mask, starts, ends):
+            return mask.offsets[..., -1] - mask.offsets[..., 0]
+    return mask.kept_pairs(is_causal=is_causal, key_padding=key_padding)
+
+
+def _ends_are_visible(mask: SparseMask, starts: Tensor, ends: Tensor) -> bool:
+    if mask.nnz == 0:
+        return True
+    last = mask.indices[(ends - 1).clamp(min=0)]  # (B, H, L); of an empty row: any
+    limit = torch.arange(mask.kv_len - mask.q_len, mask.kv_len, device=mask.device)
+    return bool(((last <= limit) | (starts == ends)).all())
