@@ -150,13 +150,6 @@ def test_counting_of_shared_parts(mask: SparseMask, batch: int, is_causal: bool)
     assert torch.equal(one, (mask.to_bool() & (causal(mask) | (not is_causal))).sum((-1, -2)))
 
 
-def test_counting_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    mask = SparseMask.from_bool(torch.rand(2, 2, 40, 50) < 0.3)
-    whole = mask.kept_pairs(is_causal=True)
-    monkeypatch.setattr("sparseloom._mask_pairs._CHUNK", 7)
-    assert torch.equal(mask.kept_pairs(is_causal=True), whole)
-
-
 @thorough
 @given(masks())
 def test_transpose(mask: SparseMask) -> None:

@@ -33,8 +33,10 @@ def to_block_mask(
         key_padding = None if bool(key_padding.all()) else key_padding.to(mask.device)
     if key_padding is not None and key_padding.shape[0] > mask.batch:
         mask = mask.expand(key_padding.shape[0], mask.heads)
-    pairs, rows = _mask_pairs.entry_pairs(
-        mask, 0, mask.nnz, is_causal=is_causal, key_padding=key_padding
+    rows = mask.entry_rows()
+    entries = torch.arange(mask.nnz, device=mask.device)
+    pairs = _mask_pairs.entry_pairs(
+        mask, entries, rows, is_causal=is_causal, key_padding=key_padding
     )
     # Cut-off blocks count as partial, as create_block_mask has it.
     is_full = pairs == mask.block_size[0] * mask.block_size[1]

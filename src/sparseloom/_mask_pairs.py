@@ -11,15 +11,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int32, Int64
 from torch import Tensor
 
 if TYPE_CHECKING:
     import sparseloom.mask
 
 KeyPadding: TypeAlias = Bool[Tensor, "padding_batch kv_len"]  # True = attend
-
-_CHUNK = 1 << 21  # entries counted at a time: bounds the int64 temporaries to some 200 MB
 
 
 def check_key_padding(key_padding: Tensor, batch: int, kv_len: int) -> None:
@@ -74,45 +72,46 @@ class _Prefix:
 
 def entry_pairs(
     mask: sparseloom.mask.SparseMask,
-    first: int,
-    last: int,
+    entries: Int64[Tensor, " n"],
+    rows: Int64[Tensor, " n"],
     *,
     is_causal: bool,
-    key_padding: Tensor | None,
-) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
-    """Allowed pairs in each of the entries ``first … last - 1``, and the entries' flat rows.
+    key_padding: KeyPadding | None,
+) -> Int64[Tensor, " n"]:
+    """Allowed pairs in each of these places of ``mask.indices``, which lie in these flat rows.
 
     ``key_padding`` has one row, or one per batch entry of the mask.
     """
     prefix = _Prefix(key_padding, mask.kv_len, mask.device)
-    return _entry_pairs(mask, prefix, first, last, is_causal)
+    return _entry_pairs(mask, prefix, entries, rows, is_causal)
 
 
 def _entry_pairs(
-    mask: sparseloom.mask.SparseMask, prefix: _Prefix, first: int, last: int, is_causal: bool
-) -> tuple[Tensor, Tensor]:
+    mask: sparseloom.mask.SparseMask,
+    prefix: _Prefix,
+    entries: Tensor,
+    rows: Tensor,
+    is_causal: bool,
+) -> Tensor:
     bq, bk = mask.block_size
-    starts = mask.offsets[..., :-1].reshape(-1).contiguous()
-    entry = torch.arange(first, last, device=mask.device)
-    row = torch.searchsorted(starts, entry, right=True) - 1
-    c0 = mask.indices[first:last].to(torch.int64) * bk
-    r0 = row % mask.q_blocks * bq
-    pairs = prefix.pairs(
-        row // (mask.q_blocks * mask.heads),
+    c0 = mask.indices[entries].to(torch.int64) * bk
+    r0 = rows % mask.q_blocks * bq
+    return prefix.pairs(
+        rows // (mask.q_blocks * mask.heads),
         (r0, (r0 + bq).clamp(max=mask.q_len)),
         (c0, (c0 + bk).clamp(max=mask.kv_len)),
         mask.kv_len - mask.q_len if is_causal else None,
     )
-    return pairs, row
 
 
 def kept_pairs(
-    mask: sparseloom.mask.SparseMask,
-    *,
-    is_causal: bool,
-    key_padding: KeyPadding | None,
+    mask: sparseloom.mask.SparseMask, *, is_causal: bool, key_padding: KeyPadding | None
 ) -> Int64[Tensor, "batch heads"]:
-    """See ``SparseMask.kept_pairs``."""
+    """See ``SparseMask.kept_pairs``.
+
+    Rows ascend, so bisection splits each into blocks below the causal edge, blocks that it
+    crosses, and blocks beyond it; only the second kind is counted block by block.
+    """
     if key_padding is not None:
         check_key_padding(key_padding, mask.batch, mask.kv_len)
         if mask.batch == 1 and key_padding.shape[0] > 1:
@@ -120,13 +119,61 @@ def kept_pairs(
                 kept_pairs(mask, is_causal=is_causal, key_padding=one[None]) for one in key_padding
             ]
             return torch.cat(each)
+    bq, bk = mask.block_size
+    starts, ends = (part.reshape(-1) for part in (mask.offsets[..., :-1], mask.offsets[..., 1:]))
+    rows = torch.arange(starts.shape[0], device=mask.device)
+    r0 = rows % mask.q_blocks * bq
+    r1 = (r0 + bq).clamp(max=mask.q_len)
+    # Key blocks before `inner` are allowed to all queries of the row, those from `outer` on to
+    # none. A block cut off at kv_len is never inner: it is counted for itself.
+    inner = torch.full_like(rows, mask.kv_len // bk)
+    outer = torch.full_like(rows, mask.kv_blocks)
+    if is_causal:
+        shift = mask.kv_len - mask.q_len
+        inner = torch.minimum(inner, ((r0 + shift + 1).clamp(min=0)) // bk)
+        outer = torch.minimum(outer, ((r1 + shift).clamp(min=0) + bk - 1) // bk)
+    edge = _bisect(mask.indices, starts, ends, inner)
+    beyond = _bisect(mask.indices, edge, ends, outer)
     prefix = _Prefix(key_padding, mask.kv_len, mask.device)
-    total = torch.zeros(mask.batch * mask.heads, dtype=torch.int64, device=mask.device)
-    for first in range(0, mask.nnz, _CHUNK):
-        last = min(first + _CHUNK, mask.nnz)
-        pairs, row = _entry_pairs(mask, prefix, first, last, is_causal)
-        total.index_add_(0, row // mask.q_blocks, pairs)
-    return total.view(mask.batch, mask.heads)
+    if key_padding is None:
+        total = (edge - starts) * bk * (r1 - r0)
+    else:
+        seen = torch.nn.functional.pad(_attended(mask, prefix).cumsum(0), (1, 0))
+        total = (seen[edge] - seen[starts]) * (r1 - r0)
+    crossed = beyond - edge
+    several = rows.repeat_interleave(crossed)
+    first = (edge - crossed.cumsum(0) + crossed)[several]
+    entries = first + torch.arange(several.shape[0], device=mask.device)
+    total.index_add_(0, several, _entry_pairs(mask, prefix, entries, several, is_causal))
+    return total.view(mask.batch, mask.heads, mask.q_blocks).sum(-1)
+
+
+def _attended(mask: sparseloom.mask.SparseMask, prefix: _Prefix) -> Int64[Tensor, " nnz"]:
+    """Attended keys in each kept key block."""
+    edges = torch.arange(mask.kv_blocks + 1, device=mask.device) * mask.block_size[1]
+    before = prefix.before.view(-1, mask.kv_len + 1)[:, edges.clamp(max=mask.kv_len)]
+    per_block = before.diff(dim=-1)
+    if per_block.shape[0] == 1:
+        return per_block[0][mask.indices]
+    batch = mask.entry_rows() // (mask.heads * mask.q_blocks)
+    return per_block.view(-1)[batch * mask.kv_blocks + mask.indices]
+
+
+def _bisect(
+    indices: Int32[Tensor, " nnz"],
+    starts: Int64[Tensor, " rows"],
+    ends: Int64[Tensor, " rows"],
+    wanted: Int64[Tensor, " rows"],
+) -> Int64[Tensor, " rows"]:
+    """The first place in each row whose key block is at least ``wanted``."""
+    low, high = starts, ends
+    if indices.shape[0] == 0:
+        return low
+    for _ in range(int((ends - starts).max()).bit_length()):
+        middle = (low + high) // 2
+        after = (low < high) & (indices[middle.clamp(max=indices.shape[0] - 1)] < wanted)
+        low, high = torch.where(after, middle + 1, low), torch.where(after, high, middle)
+    return low
 
 
 def allowed_pairs(
