@@ -8,7 +8,7 @@ from typing import ClassVar, cast
 from sparseloom.hardware.dota_closed_form import Cost, DotaConfig, operator_costs
 from sparseloom.hardware.machine import Machine, MachineConfig
 from sparseloom.hardware.report import Fidelity, Report, Stage
-from sparseloom.trace import PredictorShape, Selection, Trace, Workload
+from sparseloom.trace import Operator, PredictorShape, Selection, Trace, Workload
 
 
 class Dota(Machine):
@@ -51,9 +51,14 @@ class Dota(Machine):
         calls = iter(selection.calls)
         stages: list[Stage] = []
         costs: list[Cost] = []
+        known: dict[tuple[Operator, int], list[list[Cost]]] = {}
         for operator in workload.operators:
             call = next(calls) if operator.is_attention else None
-            for sequence, parts in enumerate(operator_costs(s, workload, operator, call)):
+            # Layers of equal sizes cost the same, unless their masks differ.
+            alike = (operator.model_copy(update={"layer": None, "step": 0}), id(call))
+            if alike not in known:
+                known[alike] = operator_costs(s, workload, operator, call)
+            for sequence, parts in enumerate(known[alike]):
                 for cost in parts:
                     costs.append(cost)
                     if cost.component == "hidden":

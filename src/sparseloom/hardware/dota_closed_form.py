@@ -171,9 +171,11 @@ def _attention(
     group = config.detector.parallel_queries
     allowed = workload.allowed_pairs(operator)
     kept = call.kept_pairs(operator, padding)
-    values = call.value_pairs(operator, padding)
     key_loads = call.kept_pairs(operator, padding, group=group)
-    value_loads = call.value_pairs(operator, padding, group=group)
+    values, value_loads = kept, key_loads
+    if call.value_mask is not None or call.value_counts is not None:
+        values = call.value_pairs(operator, padding)
+        value_loads = call.value_pairs(operator, padding, group=group)
     alive = np.ones(operator.heads, np.bool_) if call.heads_alive is None else call.heads_alive
     for b in range(operator.batch):
         scale = 1.0

@@ -52,14 +52,14 @@ class Machine(ABC):
         return digest(self.config, self.table)
 
     def simulate(
-        self, trace: Trace, selection: str | None = None, *, fidelity: Fidelity = "analytic"
+        self, trace: Trace, selection: str | None = None, *, fidelity: str = "analytic"
     ) -> Report:
         """Cost one selection of a trace.
 
         Args:
             trace: the workload and its selections.
             selection: a name; None takes the only one there is; "dense" keeps everything.
-            fidelity: how closely time is followed.
+            fidelity: how closely time is followed: "analytic", "cycle" or "rtl".
 
         Raises:
             ValueError: an unknown selection or fidelity, or one that must be named.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,7 @@ from jaxtyping import Bool, Int32, Int64
 
 from sparseloom.trace.errors import TraceError
 
-# Rows of a head are expanded to booleans a piece at a time; this many cells is 16 MB.
+# Keys per group of queries are marked a piece at a time; this many cells are 16 MB.
 _CELLS = 1 << 24
 
 
@@ -145,16 +144,20 @@ class MaskArrays:
         """
         if group < 1:
             raise ValueError(f"group must be at least 1, got {group}")
-        padding_batch = 1 if key_padding is None else key_padding.shape[0]
-        batch = _broadcast_batch(self.batch, padding_batch)
+        valid = np.ones((1, self.kv_len), np.bool_) if key_padding is None else key_padding
+        batch = _broadcast_batch(self.batch, valid.shape[0])
         found = np.zeros((batch, self.heads), np.int64)
+        # Pieces of whole groups and whole query blocks.
+        rows = self.block_size[0]
+        unit = int(np.lcm(rows, group))
+        step = max(1, _CELLS * group // self.kv_len // unit) * unit // rows
         for b, h in np.ndindex(batch, self.heads):
-            valid = None if key_padding is None else key_padding[min(b, padding_batch - 1)]
-            for keep in self._row_chunks(min(b, self.batch - 1), h, group):
-                if valid is not None:
-                    keep = keep & valid
-                starts = np.arange(0, keep.shape[0], group)
-                found[b, h] += int(np.logical_or.reduceat(keep, starts, axis=0).sum())
+            for first in range(0, self.q_blocks, step):
+                last = min(first + step, self.q_blocks)
+                needed = self._needed(min(b, self.batch - 1), h, first, last, group)
+                if key_padding is not None:
+                    needed &= valid[min(b, valid.shape[0] - 1)]
+                found[b, h] += np.count_nonzero(needed)
         return found
 
     def to_bool(self) -> Bool[np.ndarray, "batch heads q_len kv_len"]:
@@ -191,18 +194,29 @@ class MaskArrays:
         indices = np.nonzero(some)[3].astype(np.int32)
         return cls(indices, offsets, (rows, keys), q_len, kv_len, is_causal)
 
-    def _row_chunks(self, b: int, h: int, group: int) -> Iterator[Bool[np.ndarray, "rows kv_len"]]:
-        """The pairs of one head that causality allows, in pieces of whole groups and blocks."""
-        unit = int(np.lcm(self.block_size[0], group))
-        queries = max(unit, _CELLS // self.kv_len // unit * unit)
+    def _needed(
+        self, b: int, h: int, first: int, last: int, group: int
+    ) -> Bool[np.ndarray, "groups kv_len"]:
+        """Which keys each group of queries needs, for the query blocks first … last − 1."""
+        rows, keys = self.block_size
+        base = first * rows // group
+        stop = min(last * rows, self.q_len)
+        needed = np.zeros((-(-stop // group) - base, self.kv_len), np.bool_)
         ends = _visible_ends(self.q_len, self.kv_len, self.is_causal)
-        for start in range(0, self.q_len, queries):
-            stop = min(start + queries, self.q_len)
-            rows = self.block_size[0]
-            keep = self._rows(b, h, start // rows, -(-stop // rows))
-            if self.is_causal:
-                keep &= np.arange(self.kv_len) < ends[start:stop, None]
-            yield keep
+        offsets = self.offsets[b, h, first : last + 1]
+        row = np.repeat(np.arange(first, last), np.diff(offsets)) * rows
+        key = self.indices[offsets[0] : offsets[-1]].astype(np.int64) * keys
+        row_end = np.minimum(row + rows, self.q_len)
+        for later in range(-(-(rows - 1) // group) + 1):
+            at = row // group + later
+            # The last query of the group that lies in this block sees the most keys.
+            query = np.minimum((at + 1) * group, row_end) - 1
+            inside = at * group < row_end
+            end = ends[np.minimum(query, self.q_len - 1)]
+            for offset in range(keys):
+                seen = inside & (key + offset < end)
+                needed[at[seen] - base, key[seen] + offset] = True
+        return needed
 
     def _rows(self, b: int, h: int, first: int, last: int) -> Bool[np.ndarray, "rows kv_len"]:
         """Query blocks first … last − 1 of one head as booleans per query and key."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-from collections.abc import Callable
-from itertools import groupby
+import zlib
 from os import PathLike
 from pathlib import Path
 
@@ -19,42 +18,27 @@ import numpy as np
 from sparseloom.trace.errors import TraceError
 from sparseloom.trace.schema import AttentionCall, ModelShape, Operator, Selection, Workload
 
-
-def _whole(text: str) -> int:
-    number = float(text)
-    if not number.is_integer():
-        raise ValueError
-    return int(number)
-
-
-def _truth(text: str) -> bool:
-    return {"True": True, "False": False}[text]
-
-
-_COLUMNS: dict[str, Callable[[str], float | int | bool]] = {
-    "iteration_id": _whole,
-    "layer_id": _whole,
-    "head_id": _whole,
-    "embedding_length_D": _whole,
-    "sentence_length_L": _whole,
-    "key_fetch_num": _whole,
-    "quant_key_bit": _whole,
-    "quant_query_bit": _whole,
-    "auto_requant_thres": float,
-    "if_requant": _truth,
-    "auto_requant_incre": _whole,
-    "value_fetch_num": _whole,
-    "quant_value_bit": _whole,
-    "if_accumulate_importance": _truth,
-    "if_rescale_previous_importance": _truth,
-    "if_topk": _truth,
-    "topk": _whole,
+_WHOLE, _NUMBER, _TRUTH = "a whole number", "a number", "True or False"
+_COLUMNS = {
+    "iteration_id": _WHOLE,
+    "layer_id": _WHOLE,
+    "head_id": _WHOLE,
+    "embedding_length_D": _WHOLE,
+    "sentence_length_L": _WHOLE,
+    "key_fetch_num": _WHOLE,
+    "quant_key_bit": _WHOLE,
+    "quant_query_bit": _WHOLE,
+    "auto_requant_thres": _NUMBER,
+    "if_requant": _TRUTH,
+    "auto_requant_incre": _WHOLE,
+    "value_fetch_num": _WHOLE,
+    "quant_value_bit": _WHOLE,
+    "if_accumulate_importance": _TRUTH,
+    "if_rescale_previous_importance": _TRUTH,
+    "if_topk": _TRUTH,
+    "topk": _WHOLE,
 }
-_KINDS: dict[Callable[[str], float | int | bool], str] = {
-    _whole: "a whole number",
-    float: "a number",
-    _truth: "True or False",
-}
+_TRUTHS = {"True": 1.0, "False": 0.0}
 # Settings that the heads of one layer share; selection and rescaling show on one head alone.
 _SHARED = (
     "embedding_length_D",
@@ -66,21 +50,24 @@ _SHARED = (
     "quant_value_bit",
 )
 
-_Row = dict[str, float]
+_Table = dict[str, np.ndarray]
 
 
 def read(path: str | PathLike[str], *, name: str, heads: int | None) -> tuple[Workload, Selection]:
     """The workload and the selection of one file; see `Trace.from_spatten_csv`."""
     file = Path(path)
-    rows, config = _rows(file)
-    seen = max(int(row["head_id"]) for row in rows) + 1
+    table, config = _table(file)
+    seen = int(table["head_id"].max()) + 1
     total = seen if heads is None else heads
     if total < seen:
         raise TraceError(f"{file}: heads must be at least {seen}, got {total}")
     operators: list[Operator] = []
     calls: list[AttentionCall] = []
-    for (step, layer), group in groupby(rows, lambda r: (r["iteration_id"], r["layer_id"])):
-        operator, call = _call(file, int(step), int(layer), list(group), total)
+    place = np.stack([table["iteration_id"], table["layer_id"]])
+    starts = np.flatnonzero((np.diff(place, axis=1) != 0).any(axis=0)) + 1
+    for rows in np.split(np.arange(place.shape[1]), starts):
+        one = {column: values[rows] for column, values in table.items()}
+        operator, call = _call(file, one, total)
         operators.append(operator)
         calls.append(call)
     places = [(operator.step, operator.layer) for operator in operators]
@@ -107,14 +94,14 @@ def _stem(file: Path) -> str:
     return file.name.removesuffix(".gz").removesuffix(".csv")
 
 
-def _rows(file: Path) -> tuple[list[_Row], str]:
-    """Parsed rows, and the configuration path of the last line ("" if there is none)."""
+def _table(file: Path) -> tuple[_Table, str]:
+    """Columns by name, and the configuration path of the last line ("" if there is none)."""
     try:
         raw = file.read_bytes()
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
     except FileNotFoundError:
         raise TraceError(f"{file}: no such file") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise TraceError(f"{file}: cannot be read as a (gzip) text file: {error}") from None
     lines = [line for line in csv.reader(io.StringIO(text)) if line]
     header = lines[0] if lines else []
@@ -124,49 +111,55 @@ def _rows(file: Path) -> tuple[list[_Row], str]:
             f"{file}: not a SpAtten generation workload, the header lacks {', '.join(missing)}"
         )
     config = ""
-    if len(lines) > 1 and len(lines[-1]) >= 1 and not any(lines[-1][1:]):
+    if len(lines) > 1 and not any(lines[-1][1:]):
         config = lines.pop()[0]
     if len(lines) < 2:
         raise TraceError(f"{file}: there are no rows after the header")
-    rows: list[_Row] = []
     for number, line in enumerate(lines[1:], start=2):
         if len(line) != len(header):
             raise TraceError(
                 f"{file}, line {number}: {len(header)} columns expected, got {len(line)}"
             )
-        given = dict(zip(header, line, strict=True))
-        row: _Row = {}
-        for column, parse in _COLUMNS.items():
-            try:
-                row[column] = parse(given[column])
-            except (ValueError, KeyError):
-                raise TraceError(
-                    f"{file}, line {number}: {column} must be {_KINDS[parse]}, "
-                    f"got {given[column]!r}"
-                ) from None
-        rows.append(row)
-    return rows, config
+    cells = dict(zip(header, zip(*lines[1:], strict=True), strict=True))
+    return {name: _column(file, name, cells[name]) for name in _COLUMNS}, config
 
 
-def _call(
-    file: Path, step: int, layer: int, rows: list[_Row], heads: int
-) -> tuple[Operator, AttentionCall]:
+def _column(file: Path, name: str, cells: tuple[str, ...]) -> np.ndarray:
+    kind = _COLUMNS[name]
+    found: list[float] = []
+    for cell in cells:
+        try:
+            found.append(_TRUTHS[cell] if kind is _TRUTH else float(cell))
+        except (KeyError, ValueError):
+            found.append(np.nan)
+    values = np.array(found)
+    wrong = ~np.isfinite(values)
+    if kind is _WHOLE:
+        wrong |= values != np.floor(values)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise TraceError(f"{file}, line {row + 2}: {name} must be {kind}, got {cells[row]!r}")
+    return values if kind is _NUMBER else values.astype(np.bool_ if kind is _TRUTH else np.int64)
+
+
+def _call(file: Path, rows: _Table, heads: int) -> tuple[Operator, AttentionCall]:
     """One attention call from the rows of its heads."""
+    first = {column: values[0].item() for column, values in rows.items()}
+    step, layer = first["iteration_id"], first["layer_id"]
     where = f"{file}: step {step}, layer {layer}"
-    first = rows[0]
     for column in _SHARED:
-        if any(row[column] != first[column] for row in rows):
+        if (rows[column] != first[column]).any():
             raise TraceError(f"{where}: {column} differs between heads")
-    ids = np.array([int(row["head_id"]) for row in rows])
+    ids = rows["head_id"]
     if np.unique(ids).size < ids.size or ids.min() < 0:
         raise TraceError(f"{where}: head_id must be unique and not negative")
-    if step < 0 or layer < 0 or min(first["sentence_length_L"], first["embedding_length_D"]) < 1:
+    length, width = first["sentence_length_L"], first["embedding_length_D"]
+    if min(step, layer) < 0 or min(length, width) < 1:
         raise TraceError(f"{where}: sizes must be positive")
-    length, width = int(first["sentence_length_L"]), int(first["embedding_length_D"])
 
     def per_head(column: str) -> np.ndarray:
-        values = np.zeros((1, heads, 1), np.int64)
-        values[0, ids, 0] = [int(row[column]) for row in rows]
+        values = np.zeros((1, heads, 1), rows[column].dtype)
+        values[0, ids, 0] = rows[column]
         return values
 
     # One new token attends to all that precede it, so causality removes nothing.
@@ -187,7 +180,7 @@ def _call(
     alive = np.zeros(heads, np.bool_)
     alive[ids] = True
     threshold = first["auto_requant_thres"]
-    chosen = [int(row["topk"]) for row in rows if row["if_topk"]]
+    chosen = rows["topk"][rows["if_topk"]]
     call = AttentionCall(
         key_counts=per_head("key_fetch_num"),
         value_counts=per_head("value_fetch_num"),
@@ -195,12 +188,12 @@ def _call(
         value_bits=_bits(first["quant_value_bit"]),
         query_bits=_bits(first["quant_query_bit"]),
         lsb_bits=_bits(first["auto_requant_incre"]),
-        lsb_threshold=None if threshold < 0 else float(threshold),
-        lsb_refetch=per_head("if_requant").astype(np.bool_),
+        lsb_threshold=None if threshold < 0 else threshold,
+        lsb_refetch=per_head("if_requant"),
         heads_alive=None if alive.all() else alive,
-        token_keep=chosen[-1] if chosen else None,
-        accumulates_importance=any(row["if_accumulate_importance"] for row in rows),
-        rescales_importance=any(row["if_rescale_previous_importance"] for row in rows),
+        token_keep=int(chosen[-1]) if chosen.size else None,
+        accumulates_importance=bool(rows["if_accumulate_importance"].any()),
+        rescales_importance=bool(rows["if_rescale_previous_importance"].any()),
     )
     try:
         call.check(operator)
@@ -209,5 +202,5 @@ def _call(
     return operator, call
 
 
-def _bits(value: float) -> int | None:
-    return int(value) if value > 0 else None
+def _bits(value: int) -> int | None:
+    return value if value > 0 else None
