@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -93,8 +93,7 @@ def attention(
     )
     chosen = _select(backend, call, lse=return_lse, importance=return_importance)
     if chosen == "dense":
-        out = dense.attention(call)
-        return out
+        return dense.attention(call)
     # The backward pass rebuilds the probabilities from the log-sum-exp.
     keep_lse = return_lse or _needs_grad(call)
     out, lse, key_importance, head_importance = attention_op(
@@ -211,7 +210,7 @@ def _checked_call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: SparseMask | None,
+    mask: object,
     is_causal: bool,
     key_padding: Tensor | None,
     scale: float | None,
@@ -219,8 +218,7 @@ def _checked_call(
     enable_gqa: bool,
 ) -> AttentionCall:
     query, key, value = check_inputs(query, key, value, enable_gqa=enable_gqa)
-    if mask is not None:
-        _check_mask(mask, query, key)
+    kept = _checked_mask(mask, query, key)
     if key_padding is not None:
         check_key_padding(key_padding, key)
     if not 0.0 <= dropout_p <= 1.0:
@@ -229,9 +227,9 @@ def _checked_call(
         query=query,
         key=key,
         value=value,
-        indices=None if mask is None else mask.indices,
-        offsets=None if mask is None else mask.offsets,
-        block_size=(1, 1) if mask is None else mask.block_size,
+        indices=None if kept is None else kept.indices,
+        offsets=None if kept is None else kept.offsets,
+        block_size=(1, 1) if kept is None else kept.block_size,
         key_padding=key_padding,
         is_causal=is_causal,
         scale=1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale),
@@ -299,10 +297,12 @@ def check_key_padding(key_padding: Tensor, key: Tensor) -> None:
         raise ValueError(f"key_padding must be on {key.device} as key, got {key_padding.device}")
 
 
-def _check_mask(mask: SparseMask, query: Tensor, key: Tensor) -> None:
+def _checked_mask(mask: object, query: Tensor, key: Tensor) -> SparseMask | None:
+    if mask is None:
+        return None
     if not isinstance(mask, SparseMask):
         raise TypeError(
-            f"mask must be a SparseMask or None, got {type(cast(object, mask)).__name__}; "
+            f"mask must be a SparseMask or None, got {type(mask).__name__}; "
             "SparseMask.from_bool takes a boolean tensor"
         )
     if (mask.q_len, mask.kv_len) != (query.shape[2], key.shape[2]):
@@ -318,3 +318,4 @@ def _check_mask(mask: SparseMask, query: Tensor, key: Tensor) -> None:
         )
     if mask.device != query.device:
         raise ValueError(f"mask must be on {query.device} as query, got {mask.device}")
+    return mask

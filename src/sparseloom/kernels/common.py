@@ -6,7 +6,6 @@ Backends never import each other; arithmetic that more than one of them needs st
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,8 +22,7 @@ _MIX1, _MIX2 = 0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64)
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
-@dataclass(frozen=True)
-class AttentionCall:
+class AttentionCall(NamedTuple):
     """One validated attention call, as every backend receives it.
 
     ``indices`` and ``offsets`` are those of a ``SparseMask`` (None: every pair is kept). Its

@@ -82,33 +82,16 @@ def attention_op(
 
 @attention_op.register_fake
 def _attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    indices: Tensor | None,
-    offsets: Tensor | None,
-    key_padding: Tensor | None,
-    seed: Tensor | None,
-    block_q: int,
-    block_k: int,
-    is_causal: bool,
-    scale: float,
-    dropout_p: float,
-    lse: bool,
-    importance: bool,
-    backend: str,
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    lse, importance, _ = rest[-3:]
     batch, heads, q_len, _ = query.shape
     dtype = accumulation_dtype(query.dtype)
-
-    def empty(*shape: int | torch.SymInt) -> Tensor:
-        return query.new_empty(shape, dtype=dtype)
-
     return (
         query.new_empty(batch, heads, q_len, value.shape[3]),
-        empty(batch, heads, q_len) if lse else empty(0),
-        empty(batch, heads, key.shape[2]) if importance else empty(0),
-        empty(batch, heads) if importance else empty(0),
+        query.new_empty((batch, heads, q_len) if lse else 0, dtype=dtype),
+        query.new_empty((batch, heads, key.shape[2]) if importance else 0, dtype=dtype),
+        query.new_empty((batch, heads) if importance else 0, dtype=dtype),
     )
 
 

@@ -149,7 +149,8 @@ def _scores(
 
 def _live_sum(probs: Tensor, live: Tensor) -> Tensor:
     """Column sums over the rows that see a key, as a product with their 0/1 row."""
-    return (live.mT.to(probs.dtype).expand(*probs.shape[:2], 1, -1) @ probs)[:, :, 0]
+    counted = live.mT.to(probs.dtype).expand(*probs.shape[:2], 1, probs.shape[2])
+    return (counted @ probs)[:, :, 0]
 
 
 def _drop(call: AttentionCall, probs: Tensor, first: int) -> Tensor:
