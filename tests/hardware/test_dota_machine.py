@@ -185,6 +185,19 @@ def test_generation_waits_for_memory() -> None:
     assert any("generation keeps all elements busy" in text for text in report.assumptions)
 
 
+def test_three_projections_cost_what_one_does() -> None:
+    fused = workload()
+    split: list[Operator] = []
+    for operator in fused.operators:
+        third = operator.model_copy(update={"columns": operator.columns // 3})
+        split += [third] * 3 if operator.role == "qkv" else [operator]
+    one = simulate(Trace(fused))
+    three = simulate(Trace(Workload(SHAPE, tuple(split))))
+    assert three.components == pytest.approx(one.components)
+    assert three.dram_bytes == one.dram_bytes
+    assert three.total_energy == pytest.approx(one.total_energy)
+
+
 def test_keys_that_do_not_fit_are_streamed() -> None:
     small = simulate(Trace(workload(length=128)), **{"sram.kib_per_lane": 8})
     large = simulate(Trace(workload(length=128)))

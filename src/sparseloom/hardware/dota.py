@@ -51,13 +51,16 @@ class Dota(Machine):
         calls = iter(selection.calls)
         stages: list[Stage] = []
         costs: list[Cost] = []
-        known: dict[tuple[Operator, int], list[list[Cost]]] = {}
+        known: dict[tuple[Operator, int, bool], list[list[Cost]]] = {}
+        before: Operator | None = None
         for operator in workload.operators:
             call = next(calls) if operator.is_attention else None
             # Layers of equal sizes cost the same, unless their masks differ.
-            alike = (operator.model_copy(update={"layer": None, "step": 0}), id(call))
+            shared = _same_input(before, operator)
+            before = operator
+            alike = (operator.model_copy(update={"layer": None, "step": 0}), id(call), shared)
             if alike not in known:
-                known[alike] = operator_costs(s, workload, operator, call)
+                known[alike] = operator_costs(s, workload, operator, call, input_is_here=shared)
             for sequence, parts in enumerate(known[alike]):
                 for cost in parts:
                     costs.append(cost)
@@ -153,6 +156,14 @@ class Dota(Machine):
             "dram": (dram_cycles, total),
         }
         return {name: used / of if of else 0.0 for name, (used, of) in shares.items()}
+
+
+def _same_input(before: Operator | None, operator: Operator) -> bool:
+    """Whether both are projections of one layer's input to queries, keys or values."""
+    if before is None or (before.role, operator.role) != ("qkv", "qkv"):
+        return False
+    names = ("kind", "layer", "step", "batch", "rows", "inner")
+    return all(getattr(before, name) == getattr(operator, name) for name in names)
 
 
 def assumptions(s: DotaConfig, workload: Workload, selection: Selection) -> tuple[str, ...]:

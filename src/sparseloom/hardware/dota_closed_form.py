@@ -124,16 +124,26 @@ class Cost:
 
 
 def operator_costs(
-    config: DotaConfig, workload: Workload, operator: Operator, call: AttentionCall | None
+    config: DotaConfig,
+    workload: Workload,
+    operator: Operator,
+    call: AttentionCall | None,
+    *,
+    input_is_here: bool = False,
 ) -> list[list[Cost]]:
-    """The stages of one operator, per sequence."""
+    """The stages of one operator, per sequence.
+
+    `input_is_here` says that the product before this one read the same input from DRAM, as where
+    queries, keys and values are three products.
+    """
     if operator.is_attention:
         return list(_attention(config, workload, operator, call or AttentionCall()))
-    one = _gemm(config, operator) if operator.kind == "gemm" else _elements(config, operator)
+    gemm = operator.kind == "gemm"
+    one = _gemm(config, operator, input_is_here) if gemm else _elements(config, operator)
     return [[one]] * operator.batch
 
 
-def _gemm(config: DotaConfig, operator: Operator) -> Cost:
+def _gemm(config: DotaConfig, operator: Operator, input_is_here: bool) -> Cost:
     rmmu, lanes = config.rmmu, config.lanes
     macs = operator.rows * operator.inner * operator.columns
     outputs = operator.rows * operator.columns
@@ -142,7 +152,8 @@ def _gemm(config: DotaConfig, operator: Operator) -> Cost:
     additions = outputs * lanes / config.accumulator.additions_per_cycle if folded else 0.0
     # Queries, keys and values stay in the Lane that made them, and so does what attention gives.
     moved = operator.inner * operator.columns
-    moved += 0 if operator.role == "attention_output" else operator.rows * operator.inner
+    local = input_is_here or operator.role == "attention_output"
+    moved += 0 if local else operator.rows * operator.inner
     moved += 0 if operator.role == "qkv" else outputs
     return Cost(
         "linear" if operator.role == "qkv" else "other",
