@@ -78,8 +78,8 @@ def test_help_lists_every_command(run: Run) -> None:
     "command", ["demo", "compare", "adapt", "bench", "trace", "simulate", "reproduce", "info"]
 )
 def test_every_command_offers_json(run: Run, command: str) -> None:
-    code, out, _ = run(command, "--help")
-    assert code == 0
+    code, out, err = run(command, "--help")
+    assert code == 0, err
     assert "--json" in out
 
 

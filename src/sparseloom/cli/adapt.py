@@ -34,7 +34,6 @@ class Loss(StrEnum):
 
 
 def adapt(
-    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", help="Folder for the adapted model.")],
     model: Model = "stdlib",
     task: TaskName = "stdlib",
@@ -113,7 +112,7 @@ def adapt(
         ("dense, as trained", number("dense_value", 4)),
     ]
     emit(
-        results(rows, command=command_line(context)),
+        results(rows, command=command_line()),
         as_json=as_json,
         columns=columns,
         notes=["", f"{out}  use it as --model {out}"],

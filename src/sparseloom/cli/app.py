@@ -25,9 +25,9 @@ app = typer.Typer(
 @app.callback()
 def _common(
     version: Annotated[
-        bool,
+        bool | None,
         typer.Option("--version", callback=show_version, is_eager=True, help="Print the version."),
-    ] = False,
+    ] = None,
 ) -> None: ...
 
 

@@ -36,10 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (default: `sys.argv`) and return the exit code."""
     from sparseloom.cli.app import app
+    from sparseloom.cli.options import typed
 
     words = list(sys.argv[1:] if arguments is None else arguments)
+    typed.set(words)
     try:
-        code = app(args=words, prog_name="sparseloom", standalone_mode=False, obj=words)
+        code = app(args=words, prog_name="sparseloom", standalone_mode=False)
         sys.stdout.flush()
     except typer.Exit as exit_:
         return exit_.exit_code

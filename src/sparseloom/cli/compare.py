@@ -39,7 +39,6 @@ DEFAULT_METHODS = ("oracle:sparsity=0.9", "window:sparsity=0.9")
 
 
 def demo(
-    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", help="Folder of the report.")] = Path(
         "sparseloom-demo"
     ),
@@ -62,7 +61,7 @@ def demo(
         quick=quick,
         adapt=adapt,
         seed=seed,
-        command=command_line(context),
+        command=command_line(),
         console=progress_console(),
     )
     files = [f"{out / 'report.html'}  open it in a browser", f"{out / 'results.json'}"]
@@ -70,7 +69,6 @@ def demo(
 
 
 def compare(
-    context: typer.Context,
     model: Model = "stdlib",
     task: TaskName = "stdlib",
     method: Methods = None,
@@ -106,7 +104,7 @@ def compare(
         machines=machine or (),
         seed=seed,
         diagnose=diagnose,
-        command=command_line(context),
+        command=command_line(),
         console=progress_console(),
     )
     if out is not None:
@@ -147,9 +145,10 @@ def _speedup(row: Row) -> str | None:
 
 
 def _mass(row: Row) -> str | None:
-    layers = row.get("prediction_accuracy") or []
-    shares = [e["retained_mass"] / e["oracle_mass"] for e in layers if e.get("oracle_mass")]
-    return f"≥ {min(shares):.1%}" if shares else None
+    ours, best = row.get("retained_mass"), row.get("oracle_mass")
+    if not ours or not best:
+        return None
+    return f"≥ {min(a / b for a, b in zip(ours, best, strict=True)):.1%}"
 
 
 def _cycles(name: str) -> Callable[[Row], object]:

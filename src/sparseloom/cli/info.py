@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sparseloom.results import ResultsFile
 
 
-def info(context: typer.Context, as_json: Json = False) -> None:
+def info(as_json: Json = False) -> None:
     """Versions, CPU features, the backends available and why others are not, names that exist."""
     from sparseloom import hardware
     from sparseloom.kernels import available_backends
@@ -37,7 +37,7 @@ def info(context: typer.Context, as_json: Json = False) -> None:
         for kind, listed in names.items()
         for name in listed
     ]
-    found = results(rows, command=command_line(context))
+    found = results(rows, command=command_line())
     columns: list[Column] = [
         ("", value("record")),
         ("name", value("name")),
@@ -62,7 +62,7 @@ def _describe(found: ResultsFile) -> None:
     typer.echo()
 
 
-def show_version(wanted: bool) -> None:
+def show_version(wanted: bool | None) -> None:
     """Print the version and leave, when `--version` was given."""
     if wanted:
         from sparseloom import __version__

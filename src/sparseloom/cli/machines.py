@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -31,13 +31,13 @@ from sparseloom.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from sparseloom.hardware.report import Fidelity
     from sparseloom.models import LoadedModel
 
 DEFAULT_METHODS = ("oracle:sparsity=0.9",)
 
 
 def trace(
-    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", help="Folder of the trace.")],
     model: Model = "stdlib",
     method: Methods = None,
@@ -119,7 +119,7 @@ def trace(
         ("operators", value("operators")),
     ]
     emit(
-        results(rows, command=command_line(context)),
+        results(rows, command=command_line()),
         as_json=as_json,
         columns=columns,
         notes=["", f"{out}  cost it with: sparseloom simulate dota_asplos_2022 {out}"],
@@ -127,7 +127,6 @@ def trace(
 
 
 def simulate(
-    context: typer.Context,
     machine: Annotated[str, typer.Argument(help="As dota_asplos_2022; `info` lists them.")],
     traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Trace folders.")],
     selection: Annotated[
@@ -164,11 +163,11 @@ def simulate(
         raise ValueError(f"--timeline shows one run: choose one with --selection ({names})")
     rows: list[dict[str, Any]] = []
     for path, one, name in runs:
-        report = described.simulate(one, name, fidelity=fidelity)
-        rows += [{"trace": str(path), **row} for row in report.rows()]
+        report = described.simulate(one, name, fidelity=cast("Fidelity", fidelity))
+        rows += [{**row, "trace": str(path)} for row in report.rows()]
         if timeline is not None:
             report.to_perfetto(timeline)
-    found = results(rows, command=command_line(context))
+    found = results(rows, command=command_line())
     if out is not None:
         write_results(out, found)
     columns: list[Column] = [

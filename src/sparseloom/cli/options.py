@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -30,10 +32,13 @@ Methods: TypeAlias = Annotated[
 ]
 
 
-def command_line(context: typer.Context) -> str:
+typed: ContextVar[Sequence[str]] = ContextVar("typed")
+"""The words of the running command, set where it starts."""
+
+
+def command_line() -> str:
     """The command as it was typed, for the results file."""
-    words = context.obj if isinstance(context.obj, list) else sys.argv[1:]
-    return shlex.join(["sparseloom", *words])
+    return shlex.join(["sparseloom", *typed.get(sys.argv[1:])])
 
 
 def set_threads(threads: int | None) -> None:

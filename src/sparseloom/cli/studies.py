@@ -28,7 +28,6 @@ class Operation(StrEnum):
 
 
 def bench(
-    context: typer.Context,
     operation: Annotated[Operation, typer.Argument(help="What to time.")] = Operation.attention,
     q_len: Annotated[list[int], typer.Option("--q-len", help="Queries; may be repeated.")] = [2048],  # noqa: B006
     kv_len: Annotated[
@@ -86,7 +85,7 @@ def bench(
         rows = bench_attention(
             cases, backends=backend, repeats=repeats, seed=seed, progress=status.update
         )
-    found = results(rows, command=command_line(context))
+    found = results(rows, command=command_line())
     if out is not None:
         write_results(out, found)
     columns: list[Column] = [
@@ -107,7 +106,6 @@ def bench(
 
 
 def reproduce(
-    context: typer.Context,
     paper: Annotated[str | None, typer.Argument(help="Paper; without one, what there is.")] = None,
     table: Annotated[str | None, typer.Argument(help="Table or figure; default: all.")] = None,
     run: Annotated[bool, typer.Option("--run", help="Make stored runs anew.")] = False,
@@ -131,11 +129,11 @@ def reproduce(
             {"record": "table", "name": f"{one.paper} {one.name}", "title": one.title}
             for one in chosen
         ]
-        found = results(rows, command=command_line(context))
+        found = results(rows, command=command_line())
         emit(found, as_json=as_json, columns=[("table", value("name")), ("", value("title"))])
         return
     rows = [row for one in chosen for row in make(one, run=run, data=data, results=stored)]
-    found = results(rows, command=command_line(context))
+    found = results(rows, command=command_line())
     if out is not None:
         write_results(out, found)
     columns: list[Column] = [

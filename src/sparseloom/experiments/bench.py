@@ -156,19 +156,19 @@ def _bench_case(
     mask = random_mask(case, seed)
     grouped = case.heads != case.kv_heads
 
-    def dense() -> Tensor:
+    def dense() -> object:
         if case.causal and case.q_len != case.kv_len:
             return attention(query, key, value, is_causal=True, enable_gqa=grouped, backend="dense")
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=case.causal, enable_gqa=grouped
         )
 
-    def given(backend: str) -> Callable[[], Tensor]:
+    def given(backend: str) -> Callable[[], object]:
         return lambda: attention(
             query, key, value, mask, is_causal=case.causal, enable_gqa=grouped, backend=backend
         )
 
-    contenders: dict[str, Callable[[], Tensor]] = {"sdpa": dense}
+    contenders: dict[str, Callable[[], object]] = {"sdpa": dense}
     notes: dict[str, str] = {}
     masks: dict[str, SparseMask | None] = dict.fromkeys(backends, mask)
     for name in backends:
