@@ -95,6 +95,7 @@ def _warm_up(study: Study, folder: Path) -> DynamicSparse:
         batches,
         warmup_steps=study.warmup_steps,
         predictor_lr=study.predictor_lr,
+        mixed_precision="bf16",
         seed=study.seed,
         out=folder.with_name("predictor-run"),
     )

@@ -178,7 +178,9 @@ class LayerPredictor(nn.Module):
         scale = (q.scale * k.scale).expand(batch, heads, q_len, 1)
 
         def rows(start: int, stop: int, keys: int) -> Tensor:
-            return (left[:, :, start:stop] @ right[..., :keys]).mul_(scale[:, :, start:stop])
+            with torch.autocast(left.device.type, enabled=False):
+                scores = left[:, :, start:stop] @ right[..., :keys]
+            return scores.mul_(scale[:, :, start:stop])
 
         return Scores(batch, heads, q_len, k.codes.shape[2], left.device, rows)
 

@@ -59,7 +59,8 @@ class Scores:
 
         def rows(start: int, stop: int, keys: int) -> Tensor:
             some = grouped[:, :, :, start:stop].flatten(2, 3)  # (B, Hkv, G * R, D)
-            scores = some @ keys_first[..., :keys]
+            with torch.autocast(query.device.type, enabled=False):
+                scores = some @ keys_first[..., :keys]
             return scores.view(batch, heads, stop - start, keys).mul_(scale)
 
         return cls(batch, heads, q_len, kv_len, query.device, rows)
