@@ -7,9 +7,9 @@ here, so that none slips away unnoticed.
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -81,13 +81,16 @@ def test_commands_in_the_docs_exist() -> None:
     shown = {
         word
         for page in PAGES
-        for word in re.findall(r"^sparseloom (\w+)", page.read_text("utf-8"), re.MULTILINE)
+        for block in re.findall(
+            r"^```\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL
+        )
+        for word in re.findall(r"^(?:\$ )?sparseloom (\w+)", block, re.MULTILINE)
     }
     assert shown
     assert shown <= known
 
 
-@pytest.mark.skipif(shutil.which("mkdocs") is None, reason="mkdocs is not installed: make docs")
+@pytest.mark.skipif(find_spec("mkdocs") is None, reason="mkdocs is not installed: make docs")
 def test_site_builds(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
