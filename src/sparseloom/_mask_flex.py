@@ -80,13 +80,17 @@ def _mask_mod(
     member: Tensor | None,
 ) -> _Rule:
     """FlexAttention's per-pair rule for partial blocks."""
-    shift = mask.kv_len - mask.q_len
+    # A tensor, not a number: under dynamic lengths the CPU code generator of torch 2.13 mixes up
+    # the names of captured numbers and block sizes ("cur_kvSplitSize… was not declared").
+    shift = torch.tensor(mask.kv_len - mask.q_len, device=mask.device)
     bq, bk = mask.block_size
     # Shared dimensions are read at 0, written as b * 0 because an index must stay a tensor.
     pad_batch = 0 if key_padding is None or key_padding.shape[0] == 1 else 1
     per_batch, per_head = int(mask.batch > 1), int(mask.heads > 1)
     terms: list[_Rule] = []
-    if is_causal:
+    if is_causal and mask.q_len == mask.kv_len:
+        terms.append(lambda _b, _h, i, j: j <= i)
+    elif is_causal:
         terms.append(lambda _b, _h, i, j: j <= i + shift)
     if key_padding is not None:
         terms.append(lambda b, _h, _i, j: key_padding[b * pad_batch, j])

@@ -102,9 +102,11 @@ def decode_attention(
     """
     if backend not in ("auto", "reference"):
         raise unknown_name("backend", backend, ("auto", "reference"))
-    planes = cache if isinstance(cache, PlaneCache) else None
-    # A view of one number stands for the keys of a PlaneCache where only their shape matters.
-    key, value = (planes.key_stand_in(), planes.value) if planes is not None else cache
+    if isinstance(cache, PlaneCache):
+        # A view of one number stands for the keys where only their shape matters.
+        planes, key, value = cache, cache.key_stand_in(), cache.value
+    else:
+        planes, (key, value) = None, cache
     query, key, value = check_inputs(query, key, value, enable_gqa=enable_gqa)
     _check_options(query, planes, value_keep, progressive)
     if key_padding is not None:

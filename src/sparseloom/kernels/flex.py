@@ -2,11 +2,14 @@
 
 FlexAttention skips blocks, not pairs, and its speed falls steeply below 16 x 16, so smaller
 blocks are refused. It generates code per kind of call: a C++ compiler is needed on the CPU, and
-the first call of a kind takes seconds to tens of seconds (lengths may change freely after that).
+the first call of a kind takes seconds to tens of seconds. Lengths may then change freely, except
+with padding, which compiles once per pair of lengths.
 
-Two bugs of PyTorch 2.13 are avoided here: one tensor passed as both ``kv_indices`` and
-``full_kv_indices`` does not compile (``SparseMask.to_block_mask`` never shares them), and a
-padded mask with one query under dynamic lengths may not compile (refused: one query is decoding).
+Two bugs of PyTorch 2.13 are avoided. One tensor passed as both ``kv_indices`` and
+``full_kv_indices`` does not compile: ``SparseMask.to_block_mask`` never shares them. And under
+dynamic lengths the code generator renames the block size by plain text replacement, which also
+hits longer names of captured sizes ("cur_kvSplitSize5 was not declared"): causality captures a
+tensor instead of a number, and padding, whose strides cannot be hidden, gets static lengths.
 """
 
 from __future__ import annotations
@@ -99,6 +102,7 @@ def forward(call: AttentionCall, *, lse: bool, importance: bool) -> ForwardResul
     if mask.heads not in (1, heads):
         mask = mask.expand(mask.batch, heads)
     block_mask = mask.to_block_mask(is_causal=call.is_causal, key_padding=call.key_padding)
+    padded = call.key_padding is not None
     kind = (
         call.query.device,
         call.query.dtype,
@@ -107,10 +111,13 @@ def forward(call: AttentionCall, *, lse: bool, importance: bool) -> ForwardResul
         call.value.shape[3],
         call.block_size,
         (mask.batch, mask.heads, call.query.shape[0] > 1),
-        (call.is_causal, call.key_padding is not None, call.q_len == call.kv_len),
+        (call.is_causal, call.q_len == call.kv_len),
+        (call.q_len, call.kv_len) if padded else None,
     )
+    from torch._dynamo.exc import BackendCompilerFailed
+
     try:
-        out = _compiled(kind)(
+        out = _compiled(kind, dynamic=not padded)(
             call.query,
             call.key,
             call.value,
@@ -118,7 +125,7 @@ def forward(call: AttentionCall, *, lse: bool, importance: bool) -> ForwardResul
             scale=call.scale,
             enable_gqa=call.groups > 1,
         )
-    except torch._dynamo.exc.BackendCompilerFailed as error:
+    except BackendCompilerFailed as error:
         raise RuntimeError(
             f"FlexAttention did not compile for this call ({error.inner_exception!r}); "
             "use backend='reference'"
@@ -127,15 +134,16 @@ def forward(call: AttentionCall, *, lse: bool, importance: bool) -> ForwardResul
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(kind: tuple[Any, ...]) -> Callable[..., Tensor]:  # noqa: ARG001
-    """FlexAttention compiled for one kind of call; lengths stay dynamic.
+def _compiled(kind: tuple[Any, ...], *, dynamic: bool) -> Callable[..., Tensor]:  # noqa: ARG001
+    """FlexAttention compiled for one kind of call.
 
     One instance per kind, each with its own recompilation budget where torch has such budgets:
     otherwise eight kinds of calls in one process would exhaust the one that they share.
     """
+    # Loading it takes a second or two: only those who run it wait.
     from torch.nn.attention.flex_attention import flex_attention
 
-    options: dict[str, Any] = {"dynamic": True, "fullgraph": True}
+    options: dict[str, Any] = {"dynamic": dynamic, "fullgraph": True}
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options["isolate_recompiles"] = True
     return torch.compile(flex_attention, **options)
