@@ -79,7 +79,7 @@ def scale_of(module: nn.Module, head_dim: int, given: float | None) -> float:
         return float(given)
     scale = head_dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
     if getattr(module, "scale_attn_by_inverse_layer_idx", False):
-        scale /= float(module.layer_idx + 1)
+        scale /= int(getattr(module, "layer_idx", 0)) + 1
     return scale
 
 

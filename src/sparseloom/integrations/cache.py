@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sparseloom.integrations._compat import STATIC_CACHE
 from sparseloom.methods.base import LayerState, Method, Selector
@@ -65,29 +65,32 @@ class SparseLayer(DynamicLayer):
         elif given is None and known is None:
             self.valid = None
         else:  # the layer dropped keys: the mask's columns are not its keys, its end is
-            device = self.keys.device
-            if known is None:
-                known = torch.ones(batch, earlier, dtype=torch.bool, device=device)
-            fresh = torch.ones(batch, new, dtype=torch.bool, device=device)
-            self.valid = torch.cat([known, fresh if given is None else given[:, -new:]], dim=1)
+            all_valid = torch.ones(batch, total, dtype=torch.bool, device=self.device)
+            known = all_valid[:, :earlier] if known is None else known
+            fresh = all_valid[:, :new] if given is None else given[:, -new:]
+            self.valid = torch.cat([known, fresh], dim=1)
         return self.valid
 
-    def claim(self, method: Method, layer: int, earlier: int) -> LayerState | None:
-        """What `method` remembers of the layer's `earlier` tokens; None if it keeps nothing.
+    def claim(self, method: Method, layer: int, *, new: int, total: int) -> LayerState | None:
+        """What `method` remembers of the tokens before the `new` last of `total`, if it does that.
+
+        None also where it runs dense on tokens that it has not seen; it cannot select after them.
 
         Raises:
-            ValueError: it has not seen them, because the cache was filled without it.
+            ValueError: it is about to select among keys that it has not seen.
         """
         if not isinstance(method, Selector) or not method.owns_cache_state:
             return None
         if self.state is None or self.method is not method:
             self.state, self.method = method.new_state(layer), method
-        if self.state is not None and self.state.length != earlier:
+        if self.state is None or self.state.length == total - new:
+            return self.state
+        if method.worthwhile(new, total):
             raise ValueError(
-                f"past_key_values holds {earlier} tokens of which method {method.name!r} has seen "
-                f"{self.state.length}: start with an empty cache"
+                f"past_key_values holds {total - new} tokens of which method {method.name!r} has "
+                f"seen {self.state.length}: start with an empty cache inside the sparsify block"
             )
-        return self.state
+        return None
 
     def reset(self) -> None:
         """Forget everything."""
@@ -103,13 +106,13 @@ class SparseLayer(DynamicLayer):
         if self.state is not None:
             self.state.crop(length)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Follow the surviving beams."""
         super().reorder_cache(beam_idx)
         if self.valid is not None:
             self.valid = self.valid[beam_idx.to(self.valid.device)]
         if self.state is not None:
-            self.state.reorder(beam_idx)
+            self.state.reorder(beam_idx.long())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence `repeats` times."""
@@ -131,7 +134,7 @@ class SparseLayer(DynamicLayer):
         self.valid = self.state = self.method = None
 
 
-def layer_of(cache: Cache, index: int) -> SparseLayer:
+def layer_of(cache: Any, index: int) -> SparseLayer:
     """Layer `index` of a cache, replaced by a `SparseLayer` if it is not one yet.
 
     Raises:
@@ -146,7 +149,7 @@ def layer_of(cache: Cache, index: int) -> SparseLayer:
             cache.layers.append(SparseLayer())
     if index >= len(cache.layers):
         raise ValueError(f"past_key_values has {len(cache.layers)} layers, but layer {index} ran")
-    layer = cache.layers[index]
+    layer: Any = cache.layers[index]
     if isinstance(layer, SparseLayer):
         return layer
     whole = type(layer) is DynamicLayer or (
@@ -158,5 +161,6 @@ def layer_of(cache: Cache, index: int) -> SparseLayer:
             f"past_key_values: a cache of {type(layer).__name__} is not supported, only "
             "DynamicCache is"
         )
-    cache.layers[index] = SparseLayer.adopt(layer)
-    return cache.layers[index]
+    mine = SparseLayer.adopt(layer)
+    cache.layers[index] = mine
+    return mine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,6 +35,7 @@ _UNSUPPORTED = {
 }
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Sees every attention call of a sparsified model."""
 
@@ -134,7 +135,7 @@ def attention_function(
         valid = valid.expand(batch, -1)
     past = None
     if site is not None and site.cache is not None:
-        past = site.cache.claim(site.session.method, site.layer, kv_len - q_len)
+        past = site.cache.claim(site.session.method, site.layer, new=q_len, total=kv_len)
     inputs = AttentionInputs(
         query=query,
         key=key,
@@ -171,13 +172,15 @@ def _run(session: Session, inputs: AttentionInputs, dropout: float) -> Tensor:
     else:
         out, name = _compute(inputs, mask, dropout, backend)
     if not _compat.in_recomputation():
-        quality = session.diagnose and mask is not None
+        quality = None
+        if session.diagnose and mask is not None:
+            quality = measure(inputs, mask, method)
         session.counts.setdefault(inputs.layer, LayerCounts()).add(
             inputs,
             mask,
             backend=name,
             prediction_macs=prediction_macs,
-            quality=measure(inputs, mask, method) if quality else {},
+            quality=quality,
         )
     if session.observer is not None:
         session.observer.on_attention(inputs, mask, out)
@@ -188,6 +191,7 @@ def _compute(
     inputs: AttentionInputs, mask: SparseMask | None, dropout: float, backend: str
 ) -> tuple[Tensor, str]:
     """The attention output (B, H, L, Dv) and the backend that made it."""
+    assert inputs.value is not None
     tensors = (inputs.query, inputs.key, inputs.value, mask)
     options: Any = {
         "is_causal": inputs.is_causal,
@@ -198,4 +202,4 @@ def _compute(
     }
     if backend == "auto":
         backend = choose_backend(*tensors, **options)
-    return attention(*tensors, **options, backend=backend), backend
+    return cast("Tensor", attention(*tensors, **options, backend=backend)), backend

@@ -214,7 +214,7 @@ class _Recorder:
         tokens = prod(states.shape[:-1])
         return (self._batch, tokens // self._batch) if tokens % self._batch == 0 else (1, tokens)
 
-    def _add(self, kind: Any, role: Role, layer: int | None, batch: int, **sizes: int) -> None:
+    def _add(self, kind: Any, role: Role, layer: int | None, batch: int, **sizes: Any) -> None:
         stage = "prefill" if self._step == 0 else "decode"
         step = self._step
         self.operators.append(

@@ -177,7 +177,7 @@ class DynamicSparse(Selector):
     def remember(self, inputs: AttentionInputs) -> None:
         """Append the call's predictor keys to `inputs.past`, for calls that run dense."""
         past = _past(inputs)
-        if past is None:
+        if past is None or self.predictor is None:  # at sparsity 0 none is needed
             return
         with torch.no_grad():
             past.append(self._encode(self._layer(inputs), inputs)[1])
