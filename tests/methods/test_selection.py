@@ -81,6 +81,7 @@ def test_budget_is_the_rounded_up_share() -> None:
 
 
 @given(st.integers(0, 5000), st.integers(0, 99), st.integers(1, 40))
+@settings(deadline=None)
 def test_budget_has_no_rounding_surprises(allowed: int, percent: int, minimum: int) -> None:
     exact = -(-(100 - percent) * allowed // 100)
     got = int(budgets(torch.tensor(allowed), percent / 100, minimum))

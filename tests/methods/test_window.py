@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseloom.mask import SparseMask
@@ -53,6 +53,7 @@ def test_worked_examples() -> None:
 
 
 @given(st.integers(1, 300), st.integers(0, 99), st.booleans())
+@settings(deadline=None)
 def test_fixed_width_has_the_nearest_density(length: int, percent: int, is_causal: bool) -> None:
     method = SlidingWindow(sparsity=percent / 100)
     total = length * (length + 1) // 2 if is_causal else length * length

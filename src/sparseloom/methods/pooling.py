@@ -26,13 +26,16 @@ def pool_scores(
     - `"mass"` (default): softmax of the row over its allowed keys; the block's score is the sum
       over its pairs.  The scores are in units of q·k·scale, so this is the attention probability
       that the block is expected to receive, and the best k blocks are those that retain the
-      most.  With exact scores no selection of the same size retains more.
+      most.  With exact scores no selection of the same size retains more; with predicted ones it
+      also retained more than `"max"` in every layer of a small byte model, for (8, 1), (64, 1)
+      and (16, 16) alike.
     - `"max"`: the row minus its maximum, over its standard deviation, both over its allowed keys;
       the block's score is the largest of its pairs.  A row with few clear favourites gets them
       even if the others want something else, and no exponential is needed.
 
     Args:
         scores: rows start at a block edge; the last block of either axis may be cut off.
+            Overwritten.
         allowed: pairs that causality and padding allow; the others have no say.
         voters: False where a row is a padded query, which has no say either.
 
@@ -41,10 +44,13 @@ def pool_scores(
     """
     ranked = allowed if voters is None else allowed & voters[:, None, :, None]
     if pooling == "mass":
-        share = scores.masked_fill(~ranked, -torch.inf).softmax(-1)
-        return _blocks(share.masked_fill(~ranked, 0.0), block_size, 0.0).sum((-3, -1))
+        share = scores.masked_fill_(~ranked, -torch.inf).softmax(-1)
+        silent = ~ranked.any(-1, keepdim=True)
+        if silent.any():
+            share = share.masked_fill(silent, 0.0)
+        return _blocks(share, block_size, 0.0).sum((-3, -1))
     count = ranked.sum(-1, keepdim=True).clamp(min=1)
-    mean = scores.masked_fill(~ranked, 0.0).sum(-1, keepdim=True) / count
+    mean = scores.masked_fill_(~ranked, 0.0).sum(-1, keepdim=True) / count
     centred = scores - mean
     variance = centred.square().masked_fill(~ranked, 0.0).sum(-1, keepdim=True) / count
     top = centred.masked_fill(~ranked, -torch.inf).amax(-1, keepdim=True)
@@ -64,5 +70,6 @@ def _blocks(pairs: Tensor, block_size: tuple[int, int], fill: float | bool) -> T
     """(batch, heads, q_blocks, bq, kv_blocks, bk), filled up at the far edges."""
     bq, bk = block_size
     rows, keys = pairs.shape[-2:]
-    whole = torch.nn.functional.pad(pairs, (0, -keys % bk, 0, -rows % bq), value=fill)
-    return whole.unflatten(-1, (-1, bk)).unflatten(-3, (-1, bq))
+    if keys % bk or rows % bq:
+        pairs = torch.nn.functional.pad(pairs, (0, -keys % bk, 0, -rows % bq), value=fill)
+    return pairs.unflatten(-1, (-1, bk)).unflatten(-3, (-1, bq))
