@@ -24,7 +24,7 @@ import torch
 from sparseloom.experiments.bootstrap import paired_bootstrap
 from sparseloom.experiments.compare import settings_of
 from sparseloom.integrations import sparsify
-from sparseloom.methods import Dense, DynamicSparse, Method, Oracle, Selector, SlidingWindow
+from sparseloom.methods import Dense, DynamicSparse, Method, Oracle, SlidingWindow
 from sparseloom.models import LoadedModel, load_model
 from sparseloom.results import write_results
 from sparseloom.tasks import get_task
@@ -144,7 +144,7 @@ def _score(
         score = task.score(loaded, limit=study.windows)
         layers = sparse.stats()
     accuracy: dict[str, list[float]] = {}
-    if isinstance(method, Selector):
+    if not isinstance(method, Dense):
         with torch.no_grad(), sparsify(loaded.model, method, diagnose=True) as sparse:
             for inputs in task.inputs(loaded, limit=4):
                 loaded.model(**inputs)

@@ -160,7 +160,7 @@ def saved_method(loaded: LoadedModel) -> Method | None:
     settings = getattr(loaded.model.config, "sparse", None)
     if settings is None:
         return None
-    folder = Path(loaded.model.config.name_or_path)
+    folder = Path(str(loaded.model.config.name_or_path))
     return load_method(folder, settings)
 
 

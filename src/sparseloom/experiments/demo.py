@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MACHINE = "dota_asplos_2022"
 HEADLINE = 0.9
 """The sparsity that the summary speaks of and whose masks are drawn."""
-PREDICTOR = {"projection": 0.5, "bits": 4}
+PREDICTOR: dict[str, Any] = {"projection": 0.5, "bits": 4}
 """Settings of the predictor that comes with the built-in model."""
 
 
@@ -164,6 +164,7 @@ def mask_figures(loaded: LoadedModel) -> list[Any]:
     task.load(None)
     calls = capture(loaded, next(iter(task.inputs(loaded, limit=1))))
     dynamic = with_predictor(DynamicSparse(sparsity=HEADLINE, **PREDICTOR), loaded)
+    assert isinstance(dynamic, DynamicSparse)
     oracle = Oracle(sparsity=HEADLINE)
     figures = []
     for layer, head in ((len(calls) // 2 - 1, 0), (len(calls) - 1, 0)):

@@ -1,12 +1,13 @@
 """Published tables beside ours: one file per paper, one function per table or figure.
 
-A paper's module has `TABLES`, functions by table; `STORED` names those that take minutes or need
-data, and take the folder of the data sets as their argument: they are read from
-`results/reproduce/` unless they are asked to run.
+A paper's module has `TABLES`, functions by table.  A table that rests on a long study is listed in
+`STUDIES`, too: (file in `results/`, function that runs the study on the folder of the data sets);
+its function takes the rows of the study.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -25,21 +26,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One table or figure of a paper."""
+    """One table or figure of a paper, and the study that it rests on, if there is one."""
 
     paper: str
     name: str
     function: Callable[..., list[Row]]
-    stored: bool
+    study: tuple[str, Callable[[Path | None], list[Row]]] | None = None
 
     @property
     def title(self) -> str:
         """What it compares, in a sentence."""
         return (self.function.__doc__ or "").strip().split("\n")[0]
-
-    def file(self, results: Path) -> Path:
-        """Where a stored run lies below the folder `results`."""
-        return results / "reproduce" / f"{self.paper}_{self.name}.json"
 
 
 def find_tables(paper: str | None = None, name: str | None = None) -> list[Table]:
@@ -52,9 +49,9 @@ def find_tables(paper: str | None = None, name: str | None = None) -> list[Table
     found: list[Table] = []
     for one in PAPERS if paper is None else (paper,):
         module = import_module(f"{__name__}.{PAPERS[one]}")
-        stored: frozenset[str] = getattr(module, "STORED", frozenset())
+        studies: dict[str, Any] = getattr(module, "STUDIES", {})
         tables: dict[str, Callable[..., list[Row]]] = module.TABLES
-        found += [Table(one, table, make, table in stored) for table, make in tables.items()]
+        found += [Table(one, table, make, studies.get(table)) for table, make in tables.items()]
     if name is not None and name not in [table.name for table in found]:
         raise unknown_name("table", name, [table.name for table in found])
     return [table for table in found if name in (None, table.name)]
@@ -67,23 +64,25 @@ def reproduce(
 
     Args:
         table: one of `find_tables`.
-        run: make a stored run anew.
-        data: folder of the data sets (else SPARSELOOM_DATA), for tables that need them.
-        results: the folder of stored runs.
+        run: run the study behind the table instead of reading its stored rows.
+        data: folder of the data sets (else SPARSELOOM_DATA), for studies that need them.
+        results: the folder of stored rows.
 
     Raises:
-        FileNotFoundError: there is no stored run, or the data is not there.
+        FileNotFoundError: there are no stored rows, or the data is not there.
     """
-    if not table.stored:
+    if table.study is None:
         return table.function()
+    name, study = table.study
     if run:
-        return table.function(data)
+        return table.function(study(data))
     from sparseloom.results import read_results
 
-    file = table.file(results)
+    file = results / name
     if not file.is_file():
         raise FileNotFoundError(
-            f"no stored run of {table.paper} {table.name} at {file}: make it with --run, or name "
-            "the folder with --results"
+            f"{table.paper} {table.name} rests on a stored study and {file} is not there: run the "
+            "study with --run, or name the folder with --results"
         )
-    return [row.model_dump(exclude_unset=True) for row in read_results(file).rows]
+    stored = json.loads(read_results(file).to_json())["rows"]
+    return table.function(stored)
