@@ -202,17 +202,20 @@ def test_reproduce_lists_and_computes(run: Run) -> None:
     assert bases <= {"identity", "calibrated", "predicted", "scenario"}
 
 
-def test_reproduce_reads_a_stored_run(run: Run, tmp_path: Path) -> None:
+def test_reproduce_reads_a_stored_study(run: Run, tmp_path: Path) -> None:
     row = {
-        "paper": "dsa_tc_2022", "table": "table1", "quantity": "sparsity", "published": "75 %",
-        "ours": 0.7, "basis": "scenario",
+        "model": "minilm", "task": "imdb", "method": "oracle", "settings": {"threshold": 0.01},
+        "metric": "one_minus_cosine", "value": 0.25, "dense_value": 0.0, "sparsity": 0.97,
+        "sparsity_by_layer": [0.96, 0.98],
     }  # fmt: skip
-    file = tmp_path / "kept" / "reproduce" / "dsa_tc_2022_table1.json"
-    file.parent.mkdir(parents=True)
+    file = tmp_path / "kept" / "oracle_thresholds.json"
+    file.parent.mkdir()
     file.write_text(results([row], command="test").to_json(), "utf-8")
-    code, out, _ = run("reproduce", "dsa_tc_2022", "--results", "kept", "--json")
-    assert code == 0
-    assert rows_of(out)[0]["ours"] == 0.7
+    code, out, err = run("reproduce", "dsa_tc_2022", "--results", "kept", "--json")
+    assert code == 0, err
+    rows = rows_of(out)
+    assert [found["ours"] for found in rows] == [0.97, 0.96, 0.98, 0.25]
+    assert rows[0]["published"] == "94–97 %"
 
 
 def test_demo_passes_its_options_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

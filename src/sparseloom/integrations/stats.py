@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from jaxtyping import Int64
@@ -14,7 +14,7 @@ from sparseloom.mask import SparseMask, allowed_pairs
 from sparseloom.methods.base import AttentionInputs
 
 
-class LayerStats(TypedDict, total=False):
+class LayerStats(TypedDict):
     """One row of `Sparsified.stats()`; sums over the calls of one layer unless said otherwise.
 
     Attributes:
@@ -48,9 +48,9 @@ class LayerStats(TypedDict, total=False):
     prediction_macs: int
     dense_macs: int
     bytes: int
-    prediction_overlap: float
-    retained_mass: float
-    oracle_mass: float
+    prediction_overlap: NotRequired[float]
+    retained_mass: NotRequired[float]
+    oracle_mass: NotRequired[float]
 
 
 @dataclass

@@ -43,7 +43,8 @@ def write_report(
     environment = Environment(
         loader=PackageLoader("sparseloom.report"), autoescape=select_autoescape(), trim_blocks=True
     )
-    environment.filters.update(number=_number, ratio=_ratio, family=family)
+    filters: dict[str, Any] = {"number": _number, "ratio": _ratio, "family": family}
+    environment.filters.update(filters)
     rendered = [
         {
             "title": section.title,

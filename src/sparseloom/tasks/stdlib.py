@@ -85,7 +85,7 @@ def make_manifest(root: Path | None = None) -> dict[str, object]:
 
 def read_manifest() -> Mapping[str, object]:
     """The committed manifest of the Python that the built-in model was trained on."""
-    text = resources.files(__package__).joinpath("stdlib_manifest.json").read_text("utf-8")
+    text = resources.files("sparseloom.tasks").joinpath("stdlib_manifest.json").read_text("utf-8")
     return MappingProxyType(json.loads(text))
 
 

@@ -21,7 +21,7 @@ from sparseloom.training.loop import Batch, LoopSettings, make_accelerator, repe
 from sparseloom.training.losses import LOSSES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from transformers import PreTrainedModel
 
@@ -294,7 +294,7 @@ class _RowSampler:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def _frozen(model: nn.Module) -> Generator[None, None, None]:
     """The model in eval mode without gradients; both restored on exit."""
     was_training = model.training
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

@@ -47,7 +47,7 @@ def save(
         part.rename(path)
     finally:
         if before is None:
-            del model.config.sparse
+            delattr(model.config, "sparse")  # noqa: B043
         else:
             model.config.sparse = before
         shutil.rmtree(part, ignore_errors=True)

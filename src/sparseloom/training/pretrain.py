@@ -16,6 +16,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,6 +72,8 @@ class Recipe:
 
 def build_model(recipe: Recipe) -> LlamaForCausalLM:
     """A Llama of the recipe's shape with fresh weights; 256 byte values are its vocabulary."""
+    # transformers 5 takes rope_theta without declaring it.
+    positions: dict[str, Any] = {"rope_theta": recipe.rope_theta}
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=recipe.hidden_size,
@@ -79,7 +82,7 @@ def build_model(recipe: Recipe) -> LlamaForCausalLM:
         num_attention_heads=recipe.num_attention_heads,
         num_key_value_heads=recipe.num_key_value_heads,
         max_position_embeddings=recipe.context,
-        rope_theta=recipe.rope_theta,
+        **positions,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
