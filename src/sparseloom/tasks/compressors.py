@@ -18,9 +18,10 @@ from jaxtyping import Float
 from numba import njit
 
 _SLOTS = 16  # one bucket: a check word and the 15 nodes of a nibble's tree (one cache line)
+# Chosen on the training half: learn the first megabyte, score another part of it.
 _COUNT_LIMIT = 31
 _SMALLEST = 2.0**-18  # no probability is nearer to 0 or 1
-_RATE = 0.004  # of the mixer
+_RATE = 0.0015  # of the mixer
 _SLOWEST = 1.0 / 400.0  # of the maps
 _STRETCH = np.log((np.arange(4096) + 0.5) / (4095.5 - np.arange(4096)))
 _SLICE = 1 << 17  # bytes between two reports of progress
@@ -83,7 +84,10 @@ def bit_probabilities(
     ones = np.empty(8 * (len(text) - first), dtype=np.float64)
     for start in range(0, len(data), _SLICE):
         stop = min(start + _SLICE, len(data))
-        _advance(data, start, stop, first, ones, state.table, state.maps, state.hits, state.weights)
+        _advance(
+            *(data, start, stop, first, ones),
+            *(state.table, state.maps, state.hits, state.by_bits, state.by_depth),
+        )
         if progress is not None:
             progress(stop, len(data))
     return ones
@@ -96,13 +100,15 @@ class _State:
     table: (buckets, 16) uint32.  Word 0 of a bucket tells whose it is, the others are nodes:
         22 bits of P(1), then two 5-bit counts of zeros and ones.
     maps, hits: (orders, 32, 32) P(1) seen after each pair of counts, and how often it was seen.
-    weights: (256, inputs) of the mixer, one row per bits of the current byte so far.
+    by_bits, by_depth: weights of the mixer: the sum of a row for the bits of the byte so far,
+        (256, inputs), and a row for the number of contexts met before, (orders + 1, inputs).
     """
 
     table: np.ndarray
     maps: np.ndarray
     hits: np.ndarray
-    weights: np.ndarray
+    by_bits: np.ndarray
+    by_depth: np.ndarray
 
     @classmethod
     def fresh(cls, order: int, table_bits: int) -> _State:
@@ -112,13 +118,14 @@ class _State:
             table=np.zeros((1 << table_bits, _SLOTS), dtype=np.uint32),
             maps=np.repeat(share[None], contexts, axis=0),
             hits=np.zeros((contexts, *share.shape)),
-            weights=np.full((256, 2 * contexts + 1), 0.3 / contexts * 1.5),
+            by_bits=np.full((256, 2 * contexts + 1), 0.225 / contexts),
+            by_depth=np.full((contexts + 1, 2 * contexts + 1), 0.225 / contexts),
         )
 
 
 @njit(cache=True)
 @no_type_check
-def _advance(data, start, stop, first, ones, table, maps, hits, weights):
+def _advance(data, start, stop, first, ones, table, maps, hits, by_bits, by_depth):
     """Predict and learn data[start:stop]; P(1) of the bits from byte `first` on goes to `ones`."""
     contexts = maps.shape[0]
     inputs = 2 * contexts + 1
@@ -142,8 +149,7 @@ def _advance(data, start, stop, first, ones, table, maps, hits, weights):
             node = 1
             for shift in range(7 - 4 * nibble, 3 - 4 * nibble, -1):
                 bit = (byte >> shift) & 1
-                row = weights[partial]
-                total = x[inputs - 1] * row[inputs - 1]
+                known = 0
                 for context in range(contexts):
                     entry = table[buckets[context], node]
                     zeros, seen = (entry >> 5) & 31, entry & 31
@@ -154,8 +160,11 @@ def _advance(data, start, stop, first, ones, table, maps, hits, weights):
                     x[2 * context + 1] = _STRETCH[
                         min(np.int64(maps[context, zeros, seen] * 4096.0), 4095)
                     ]
-                    total += x[2 * context] * row[2 * context]
-                    total += x[2 * context + 1] * row[2 * context + 1]
+                    known += zeros + seen > 0
+                row, other = by_bits[partial], by_depth[known]
+                total = 0.0
+                for i in range(inputs):
+                    total += x[i] * (row[i] + other[i])
                 one = 1.0 / (1.0 + np.exp(-total))
                 one = min(max(one, _SMALLEST), 1.0 - _SMALLEST)
                 if position >= first:
@@ -164,6 +173,7 @@ def _advance(data, start, stop, first, ones, table, maps, hits, weights):
                 step = _RATE * (bit - one)
                 for i in range(inputs):
                     row[i] += step * x[i]
+                    other[i] += step * x[i]
                 for context in range(contexts):
                     entry = table[buckets[context], node]
                     zeros, seen = (entry >> 5) & 31, entry & 31
@@ -188,11 +198,11 @@ def _learned(entry, bit):
     if bit:
         seen = min(seen + 1, _COUNT_LIMIT)
         if zeros > 2:
-            zeros = (zeros + 2) // 2
+            zeros = (zeros + 6) // 4
     else:
         zeros = min(zeros + 1, _COUNT_LIMIT)
         if seen > 2:
-            seen = (seen + 2) // 2
+            seen = (seen + 6) // 4
     return np.uint32((np.uint32(moved) << 10) | (np.uint32(zeros) << 5) | np.uint32(seen))
 
 

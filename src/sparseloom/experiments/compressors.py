@@ -1,0 +1,73 @@
+"""xz and an order-6 context mixture on the corpus of the built-in model, to set beside it.
+
+    python -m sparseloom.experiments.compressors --out results/compressors.json
+
+Each compressor reads the held-out half alone, and after the training half that the model saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+from sparseloom.results import write_results
+from sparseloom.tasks.compressors import context_mixture_bits_per_byte, xz_bits_per_byte
+from sparseloom.tasks.language_modelling import StdlibBitsPerByte
+
+_ORDER = 6
+
+
+def compress_stdlib(
+    *, table_bits: int = 22, progress: Callable[[int, int], None] | None = None
+) -> list[dict[str, Any]]:
+    """Rows of the results schema: bits per byte of the held-out half, with and without training.
+
+    `table_bits` sizes the context mixture (2^22 buckets of 64 bytes); `progress` reports its bytes.
+    """
+    task = StdlibBitsPerByte().load()
+    held_out, train = task.text("held_out"), task.text("train")
+    rows: list[dict[str, Any]] = []
+    for after in (b"", train):
+        seen = {"train_bytes": len(after)}
+        rows.append(_row("xz -9", xz_bits_per_byte(held_out, after), seen))
+        mixed = context_mixture_bits_per_byte(
+            held_out, after, order=_ORDER, table_bits=table_bits, progress=progress
+        )
+        settings = {**seen, "order": _ORDER, "table_bits": table_bits}
+        rows.append(_row("context mixture", mixed, settings))
+    note = "; ".join(task.notes())
+    return [{**row, "items": len(held_out), "note": note} for row in rows]
+
+
+def _row(name: str, value: float, settings: dict[str, int]) -> dict[str, Any]:
+    return {
+        "model": name,
+        "task": StdlibBitsPerByte.name,
+        "method": "compressor",
+        "settings": settings,
+        "metric": StdlibBitsPerByte.metric,
+        "value": value,
+    }
+
+
+def main() -> None:
+    """Command line of the study."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path("results/compressors.json"))
+    parser.add_argument("--table-bits", type=int, default=22)
+    arguments = parser.parse_args()
+    with Progress() as progress:
+        task = progress.add_task("context mixture", total=None)
+        rows = compress_stdlib(
+            table_bits=arguments.table_bits,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    write_results(arguments.out, rows)
+
+
+if __name__ == "__main__":
+    main()
