@@ -40,7 +40,7 @@ def test_equals_the_reference_at_changing_lengths() -> None:
     # runs the code that the first one compiled.
     for q_len, kv_len, seed in [(37, 70, 0), (50, 97, 1)]:
         torch.manual_seed(seed)
-        q = torch.randn(2, 4, q_len, 16)
+        q = torch.randn(2, 4, q_len, 16, requires_grad=True)
         k, v = torch.randn(2, 2, kv_len, 16), torch.randn(2, 2, kv_len, 24)
         keep = torch.rand(1, 2, -(-q_len // 16), -(-kv_len // 32)) < 0.5
         keep[:, 0, 1] = False

@@ -165,16 +165,11 @@ def _select(backend: str, call: AttentionCall, *, lse: bool, importance: bool) -
         if reason is not None:
             raise NotImplementedError(f"backend {backend!r} cannot run this call: {reason}")
         return backend
-    if _refusal("dense", call, lse=lse, importance=importance, grad=grad) is None:
-        return "dense"
-    for name in BACKENDS:
-        if name == "reference":
-            continue
-        if _refusal(name, call, lse=lse, importance=importance, grad=grad) is None and _module(
-            name
-        ).profitable(call):
+    for name in ("dense", *BACKENDS):
+        refusal = _refusal(name, call, lse=lse, importance=importance, grad=grad)
+        if refusal is None and _module(name).profitable(call):
             return name
-    return "reference"
+    raise AssertionError("the reference backend takes every call")
 
 
 def _refusal(

@@ -27,6 +27,11 @@ def unsupported(call: AttentionCall, *, lse: bool, importance: bool, grad: bool)
     return None
 
 
+def profitable(call: AttentionCall) -> bool:  # noqa: ARG001
+    """Whether "auto" should take it: always, where nothing is masked."""
+    return True
+
+
 def attention(call: AttentionCall) -> Float[Tensor, "batch heads q_len value_dim"]:
     """Dense attention; precision, dropout bits and autocast are SDPA's own.
 

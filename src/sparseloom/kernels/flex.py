@@ -116,11 +116,13 @@ def forward(call: AttentionCall, *, lse: bool, importance: bool) -> ForwardResul
     )
     from torch._dynamo.exc import BackendCompilerFailed
 
+    # FlexAttention refuses leaves that require gradients even where none are recorded.
+    query, key, value = (t.detach() for t in (call.query, call.key, call.value))
     try:
         out = _compiled(kind, dynamic=not padded)(
-            call.query,
-            call.key,
-            call.value,
+            query,
+            key,
+            value,
             block_mask=block_mask,
             scale=call.scale,
             enable_gqa=call.groups > 1,

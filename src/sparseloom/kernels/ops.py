@@ -4,13 +4,15 @@ As operators with fake implementations they are single nodes for ``torch.compile
 neither looks into the backends nor at the values of the index lists. The mask travels as its
 tensors. ``BACKENDS`` are modules with
 
-    unavailable() -> str | None
-    unsupported(call, *, lse, importance, grad) -> str | None
+    unavailable() -> str | None                                   # on this machine
+    unsupported(call, *, lse, importance, grad) -> str | None     # this call
+    profitable(call) -> bool                                      # should "auto" take it?
     forward(call, *, lse, importance) -> ForwardResult
     backward(call, out, lse, grads…) -> (query, key, value gradients)   # if HAS_BACKWARD
 
-and are imported on first use. The derivative of the derivative is not registered; plain autograd
-through ``reference.forward`` has it.
+imported on first use; a new one is a file, its name in ``BACKENDS`` (in the order in which "auto"
+asks them) and a branch in ``load``. The derivative of the derivative is not registered; plain
+autograd through ``reference.forward`` has it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor
 from sparseloom.errors import unknown_name
 from sparseloom.kernels.common import AttentionCall, accumulation_dtype
 
-BACKENDS = ("reference", "flex")
+BACKENDS = ("flex", "reference")
 
 
 def load(backend: str) -> ModuleType:

@@ -43,6 +43,11 @@ def unsupported(call: AttentionCall, *, lse: bool, importance: bool, grad: bool)
     return None
 
 
+def profitable(call: AttentionCall) -> bool:  # noqa: ARG001
+    """Whether "auto" should take it: yes, when no backend before it does."""
+    return True
+
+
 def forward(call: AttentionCall, *, lse: bool, importance: bool) -> ForwardResult:
     """Attention over the kept pairs.
 
