@@ -37,11 +37,11 @@ def write_report(
     conditions), `summary` a few sentences computed from them, `notes` what a reader must know to
     judge the figures.
     """
-    from jinja2 import Environment, PackageLoader, select_autoescape
+    from jinja2 import Environment, PackageLoader
     from plotly.offline import get_plotlyjs
 
     environment = Environment(
-        loader=PackageLoader("sparseloom.report"), autoescape=select_autoescape(), trim_blocks=True
+        loader=PackageLoader("sparseloom.report"), autoescape=True, trim_blocks=True
     )
     filters: dict[str, Any] = {"number": _number, "ratio": _ratio, "family": family}
     environment.filters.update(filters)
