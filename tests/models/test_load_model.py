@@ -61,7 +61,7 @@ def test_errors_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a built-in"):
         load_model("a/b/c")
     tiny_llama(300).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no tokenizer beside it"):
+    with pytest.raises(ValueError, match="has no usable tokenizer beside it"):
         load_model(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="could not be loaded: ") as caught:

@@ -73,14 +73,16 @@ def from_huggingface(
             )
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"model {source!r} could not be loaded: {str(error).strip().splitlines()[0]}"
+                f"model {source!r} could not be loaded: {_first_line(error)}"
             ) from error
         tokenizer = None
         if getattr(config, "vocab_size", None) != BYTE_VOCABULARY or _has_tokenizer(source):
             try:
                 tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"model {source!r} has no tokenizer beside it") from error
+            except (OSError, ValueError, ImportError, TypeError) as error:
+                raise ValueError(
+                    f"model {source!r} has no usable tokenizer beside it: {_first_line(error)}"
+                ) from error
     return LoadedModel(name or source, model.eval(), tokenizer)
 
 
@@ -114,6 +116,11 @@ def _on_hub(source: str) -> bool:
     except Exception:  # noqa: BLE001 — the HTTP library, and so its errors, depend on the version
         return False
     return True
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _not_found(source: str) -> str:
