@@ -39,18 +39,17 @@ def test_forward(zoo: SimpleNamespace, family: str, padding: str, method: Method
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("padding", ["none", "left"])
 def test_generate(zoo: SimpleNamespace, causal_family: str, padding: str, beams: int) -> None:
-    if padding == "right":
-        pytest.skip("generation continues at the right end")
     model, inputs = zoo.build(causal_family), zoo.inputs(padding, length=10)
-    settings = {"max_new_tokens": 7, "min_new_tokens": 7, "num_beams": beams, "do_sample": False}
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": beams, "do_sample": False}
     expected = model.generate(**inputs, **settings)
     for method in (Dense(), zoo.everything):
         with sparsify(model, method) as sparse:
             found = model.generate(**inputs, **settings)
         assert torch.equal(found, expected)
-        assert sparse.stats()[0]["calls"] == 7
+        assert sparse.stats()[0]["calls"] == 5
 
 
 @torch.no_grad()

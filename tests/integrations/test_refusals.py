@@ -57,11 +57,11 @@ def test_arguments_that_change_the_result(name: str, value: object, sentence: st
 
 
 @torch.no_grad()
-def test_soft_capped_and_sink_models() -> None:
+def test_a_model_with_soft_capped_scores() -> None:
     small = {**TINY, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
     gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**small)).eval()
     ids = torch.arange(8)[None]
-    with sparsify(gemma, Dense()), pytest.raises(NotImplementedError, match="^softcap: "):
+    with sparsify(gemma, Dense()), pytest.raises(NotImplementedError, match=r"^softcap: "):
         gemma(input_ids=ids)
 
 
@@ -110,7 +110,7 @@ def test_masks_that_say_more(zoo: SimpleNamespace, mask: Tensor, sentence: str) 
 @torch.no_grad()
 def test_attention_outputs(zoo: SimpleNamespace, family: str) -> None:
     model, inputs = zoo.build(family), zoo.inputs("none")
-    with sparsify(model, SPARSE), pytest.raises(NotImplementedError, match="^output_attentions: "):
+    with sparsify(model, SPARSE), pytest.raises(NotImplementedError, match=r"^output_attentions: "):
         model(**inputs, output_attentions=True)
 
 

@@ -64,7 +64,10 @@ def test_a_refused_model_is_left_alone(zoo: SimpleNamespace, snapshot: Snapshot)
     with sparsify(model, Dense()):
         inside = snapshot(model)
         for again in (model, model.model):
-            with pytest.raises(RuntimeError, match="is sparsified already"), sparsify(again, SPARSE):
+            with (
+                pytest.raises(RuntimeError, match="is sparsified already"),
+                sparsify(again, SPARSE),
+            ):
                 pass
         assert snapshot(model) == inside
     assert snapshot(model) == before
@@ -79,9 +82,7 @@ def test_two_models_with_one_configuration_object(zoo: SimpleNamespace) -> None:
     inputs = zoo.inputs("left")
     before, name = zoo.real(one(**inputs)[0], inputs), one.config._attn_implementation
     with sparsify(one, SPARSE) as sparse:
-        torch.testing.assert_close(
-            zoo.real(two(**inputs)[0], inputs), before, rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(zoo.real(two(**inputs)[0], inputs), before, rtol=1e-5, atol=1e-5)
         assert sparse.stats() == []
         assert (zoo.real(one(**inputs)[0], inputs) - before).abs().max() > 1e-3
     first, second = sparsify(one, SPARSE), sparsify(two, SPARSE)
