@@ -70,7 +70,10 @@ def test_quality_lines_are_sorted_by_density_and_dense_is_a_rule() -> None:
 
 
 def test_accuracy_figure_divides_by_the_oracle() -> None:
-    figure = figures.accuracy_figure([row("dynamic", 0.9, 1.0, oracle_mass=[1.0, 0.8])])
+    figure = figures.accuracy_figure(
+        [row("dynamic", 0.9, 1.0, oracle_mass=[1.0, 0.8]), row("dynamic", 0.8, 1.0)], 0.9
+    )
+    assert len(figure.data) == 2
     assert tuple(figure.data[0].y) == pytest.approx((0.9, 0.625))
     assert tuple(figure.data[1].y) == (0.5, 0.75)
 

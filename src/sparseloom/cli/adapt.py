@@ -106,7 +106,7 @@ def adapt(
     rows = _scored(scorer, loaded, adapted, limit, model, seed) if limit else []
     columns: list[Column] = [
         ("method", value("method")),
-        ("settings", lambda row: settings_text(row["settings"])),
+        ("settings", settings_text),
         ("density", percent("density")),
         (scorer.metric.replace("_", " "), number("value", 4)),
         ("dense, as trained", number("dense_value", 4)),

@@ -118,7 +118,7 @@ def _show(results: ResultsFile, *, as_json: bool, notes: list[str]) -> None:
     metric = str(rows[0]["metric"]).replace("_", " ") if rows else "value"
     columns: list[Column] = [
         ("method", value("method")),
-        ("settings", lambda row: settings_text(row["settings"])),
+        ("settings", settings_text),
         ("density", percent("density")),
         (metric, number("value", 4)),
         ("difference", _difference),

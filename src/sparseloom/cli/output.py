@@ -5,6 +5,7 @@ Progress goes to standard error, so that `--json` can be piped.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -82,15 +83,21 @@ def format_number(given: float | None, digits: int = 3) -> str | None:
     return f"{given:.{digits}f}"
 
 
-def settings_text(settings: Mapping[str, Any]) -> str:
-    """Settings of a method as one writes them: `sparsity=0.9, block_size=8x1`."""
+def settings_text(row: Row) -> str:
+    """What a row's method was told beyond its defaults: `sparsity=0.9, block_size=8x1`."""
+    from sparseloom.methods import METHODS
+
+    known = METHODS.get(str(row["method"]))
+    default = {} if known is None else {f.name: f.default for f in dataclasses.fields(known)}
     parts: list[str] = []
-    for key, setting in settings.items():
-        if setting is None:
-            continue
+    for key, setting in (row["settings"] or {}).items():
         pair = isinstance(setting, list | tuple) and len(setting) == 2
-        shown = "x".join(map(str, setting)) if pair else str(setting)
-        parts.append(f"{key}={shown}")
+        usual = default.get(key)
+        if setting is None or (
+            key != "sparsity" and (tuple(setting) if pair else setting) == usual
+        ):
+            continue
+        parts.append(f"{key}={'x'.join(map(str, setting)) if pair else setting}")
     return ", ".join(parts)
 
 

@@ -88,7 +88,7 @@ def _warm_up(study: Study, folder: Path) -> DynamicSparse:
         assert isinstance(method, DynamicSparse)
         return method
     loaded = load_model("stdlib")
-    batches = _batches(study, loaded, study.warmup_steps, study.warmup_batch, study.seed)
+    batches = _batches(loaded, study.warmup_steps, study.warmup_batch, study.seed)
     method = adapt(
         loaded.model,
         DynamicSparse(sparsity=study.sparsity, projection=study.projection, bits=study.bits),
@@ -110,7 +110,7 @@ def _tune(study: Study, name: str, method: Method, out: Path) -> tuple[LoadedMod
         model, tuned = load(folder)
         return LoadedModel(name, model.float(), None), tuned
     loaded = load_model("stdlib")
-    batches = _batches(study, loaded, study.joint_steps, study.joint_batch, study.seed + 1)
+    batches = _batches(loaded, study.joint_steps, study.joint_batch, study.seed + 1)
     log = finetune(
         loaded.model,
         method,
@@ -127,7 +127,7 @@ def _tune(study: Study, name: str, method: Method, out: Path) -> tuple[LoadedMod
     return loaded, method
 
 
-def _batches(study: Study, loaded: LoadedModel, steps: int, size: int, seed: int) -> list[Any]:
+def _batches(loaded: LoadedModel, steps: int, size: int, seed: int) -> list[Any]:
     task = get_task("stdlib").load()
     return list(task.batches(loaded, steps=steps, batch_size=size, seed=seed))
 

@@ -69,31 +69,28 @@ def cycles_figure(rows: Sequence[Row], machine: str) -> go.Figure:
     return figure
 
 
-def accuracy_figure(rows: Sequence[Row]) -> go.Figure:
-    """Per layer: the share of the oracle's probability mass that each mask retains, and overlap."""
+def accuracy_figure(rows: Sequence[Row], sparsity: float) -> go.Figure:
+    """Per layer, at one sparsity: the share of the oracle's probability mass that each mask
+    retains (solid), and of its keys (dotted)."""
     import plotly.graph_objects as go
 
     figure = _figure("layer", "share of the oracle's")
     for row in rows:
         keys = row.get("prediction_accuracy")
-        if not keys or row["method"] == "oracle":
+        if not keys or row["method"] == "oracle" or row["sparsity"] != sparsity:
             continue
-        label = f"{family(row)} {row['sparsity']:.0%}"
-        x = list(range(len(keys)))
-        colour = COLOURS.get(family(row))
         mass = [
             _ratio(ours, best)
             for ours, best in zip(row["retained_mass"], row["oracle_mass"], strict=True)
         ]
-        for suffix, values, dash in (("mass", mass, "solid"), ("keys", keys, "dot")):
+        for what, values, dash in (("mass", mass, "solid"), ("keys", keys, "dot")):
             figure.add_trace(
                 go.Scatter(
-                    x=x,
+                    x=list(range(len(keys))),
                     y=values,
-                    name=f"{label}: {suffix}",
+                    name=f"{family(row)}: {what}",
                     mode="lines+markers",
-                    line={"dash": dash, "color": colour},
-                    visible=True if row["sparsity"] == 0.9 else "legendonly",
+                    line={"dash": dash, "color": COLOURS.get(family(row))},
                 )
             )
     figure.update_yaxes(range=[0, 1.02])
@@ -102,7 +99,7 @@ def accuracy_figure(rows: Sequence[Row]) -> go.Figure:
 
 
 def mask_figure(
-    oracle: SparseMask, predicted: SparseMask, *, head: int, zoom: int = 160
+    oracle: SparseMask, predicted: SparseMask, *, head: int, name: str = "", zoom: int = 160
 ) -> go.Figure:
     """Oracle and predicted mask of one head: both whole (shaded by density), and a close-up.
 
@@ -113,7 +110,7 @@ def mask_figure(
     from plotly.subplots import make_subplots
 
     first, second = (mask.to_bool()[0, min(head, mask.heads - 1)] for mask in (oracle, predicted))
-    titles = ["oracle", "predicted", f"last {zoom} × {zoom}: agreement"]
+    titles = [f"{name} oracle".strip(), f"{name} predicted".strip(), f"last {zoom} × {zoom} pairs"]
     figure = make_subplots(rows=1, cols=3, subplot_titles=titles, horizontal_spacing=0.05)
     for column, keep in enumerate((first, second), start=1):
         cells = _shrink(keep.numpy())
@@ -145,7 +142,9 @@ def mask_figure(
         figure.update_xaxes(constrain="domain", row=1, col=column)
     figure.update_xaxes(showticklabels=False)
     figure.update_yaxes(showticklabels=False)
-    figure.update_layout(height=380, margin={"l": 10, "r": 10, "t": 40, "b": 10})
+    figure.update_layout(
+        template="plotly_white", height=390, margin={"l": 10, "r": 10, "t": 40, "b": 10}
+    )
     return figure
 
 
@@ -167,7 +166,7 @@ def _lines(rows: Sequence[Row], key: str, x_title: str, y_title: str) -> go.Figu
                 line={"color": COLOURS.get(name)},
             )
         )  # fmt: skip
-    figure.update_xaxes(tickformat=".0%")
+    figure.update_xaxes(tickformat=".1%")
     return figure
 
 
@@ -178,10 +177,10 @@ def _figure(x_title: str, y_title: str) -> go.Figure:
         layout={
             "template": "plotly_white",
             "height": 380,
-            "margin": {"l": 60, "r": 20, "t": 20, "b": 50},
+            "margin": {"l": 60, "r": 20, "t": 20, "b": 90},
             "xaxis": {"title": x_title},
             "yaxis": {"title": y_title},
-            "legend": {"orientation": "h", "y": 1.12},
+            "legend": {"orientation": "h", "y": -0.25},
         }
     )
 

@@ -13,13 +13,20 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
+_PLOT = {"displaylogo": False, "responsive": True, "displayModeBar": False}
+
+
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading, a sentence that says how to read what follows, and figures."""
+    """A heading, a sentence that says how to read what follows, and figures.
+
+    `columns` figures stand side by side where the window is wide enough.
+    """
 
     title: str
     text: str
     figures: tuple[go.Figure, ...] = ()
+    columns: int = 1
 
 
 def write_report(
@@ -49,10 +56,9 @@ def write_report(
         {
             "title": section.title,
             "text": section.text,
+            "columns": section.columns,
             "figures": [
-                figure.to_html(
-                    full_html=False, include_plotlyjs=False, config={"displaylogo": False}
-                )
+                figure.to_html(full_html=False, include_plotlyjs=False, config=_PLOT)
                 for figure in section.figures
             ],
         }
