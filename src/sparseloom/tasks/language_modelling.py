@@ -145,7 +145,7 @@ class StdlibBitsPerByte(LanguageModelling):
     # The corpus has byte 0 before every file already.
     starts_with_mark: ClassVar[bool] = False
 
-    def load(self, data: Path | None = None) -> StdlibBitsPerByte:  # noqa: ARG002
+    def load(self, data: Path | None = None) -> StdlibBitsPerByte:
         """Read the corpus of the running Python; `data` is not needed."""
         load_stdlib()
         return self

@@ -47,7 +47,7 @@ def save(
         part.rename(path)
     finally:
         if before is None:
-            delattr(model.config, "sparse")  # noqa: B043
+            delattr(model.config, "sparse")
         else:
             model.config.sparse = before
         shutil.rmtree(part, ignore_errors=True)
