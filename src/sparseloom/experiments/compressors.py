@@ -8,6 +8,7 @@ Each compressor reads the held-out half alone, and after the training half that 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ _ORDER = 6
 
 
 def compress_stdlib(
-    *, table_bits: int = 22, progress: Callable[[int, int], None] | None = None
+    *, table_bits: int = 24, progress: Callable[[int, int], None] | None = None
 ) -> list[dict[str, Any]]:
     """Rows of the results schema: bits per byte of the held-out half, with and without training.
 
-    `table_bits` sizes the context mixture (2^22 buckets of 64 bytes); `progress` reports its bytes.
+    `table_bits` sizes the context mixture: 2^24 buckets of 64 bytes are 1 GB.  `progress` is told
+    the bytes it has read.
     """
     task = StdlibBitsPerByte().load()
     held_out, train = task.text("held_out"), task.text("train")
@@ -58,7 +60,7 @@ def main() -> None:
     """Command line of the study."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("results/compressors.json"))
-    parser.add_argument("--table-bits", type=int, default=22)
+    parser.add_argument("--table-bits", type=int, default=24)
     arguments = parser.parse_args()
     with Progress() as progress:
         task = progress.add_task("context mixture", total=None)
@@ -66,7 +68,8 @@ def main() -> None:
             table_bits=arguments.table_bits,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    write_results(arguments.out, rows)
+    command = " ".join(["python -m sparseloom.experiments.compressors", *sys.argv[1:]])
+    write_results(arguments.out, rows, command=command)
 
 
 if __name__ == "__main__":

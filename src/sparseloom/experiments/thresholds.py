@@ -12,6 +12,7 @@ One difference: the weights that are left are normalised again.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,7 +181,8 @@ def main() -> None:
             arguments.data, documents=arguments.documents, pairs=arguments.pairs, step=step
         )
         progress.update(task, completed=parts)
-    write_results(arguments.out, rows)
+    command = " ".join(["python -m sparseloom.experiments.thresholds", *sys.argv[1:]])
+    write_results(arguments.out, rows, command=command)
 
 
 if __name__ == "__main__":
