@@ -1,0 +1,81 @@
+"""The table of the README says what `results/adaptation.json` says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparseloom.results import read_results
+
+ROOT = Path(__file__).parents[1]
+LABELS = {
+    "dense": "dense",
+    "oracle on the dynamic model": "oracle (exact top-k)",
+    "dynamic": "dynamic, INT4, fine-grained",
+    "dynamic, model untuned": "the same, model left as it was",
+    "dynamic 8×1": "dynamic, INT4, 8×1 vectors",
+    "window": "sliding window",
+    "window growing": "growing window",
+}
+
+
+def line(row: dict[str, Any]) -> str:
+    dense = row["contender"] == "dense"
+    retained, oracle = row.get("retained_mass") or [], row.get("oracle_mass") or []
+    worst = min((ours / best for ours, best in zip(retained, oracle, strict=True)), default=None)
+    cells = [
+        LABELS[row["contender"]],
+        f"{row['density']:.1%}",
+        f"{row['value']:.4f}",
+        "–" if dense else f"{row['difference']:+.4f} (≤ {row['difference_upper95']:+.4f})",
+        "–" if worst is None else f"{worst:.1%}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+@pytest.mark.parametrize("contender", LABELS)
+def test_every_line_of_the_table_is_in_the_results(contender: str) -> None:
+    rows = [row.model_dump() for row in read_results(ROOT / "results/adaptation.json").rows]
+    found = [row for row in rows if row["contender"] == contender]
+    assert len(found) == 1
+    assert line(found[0]) in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_what_the_study_was_made_for_holds() -> None:
+    rows = {
+        row["contender"]: row
+        for row in (row.model_dump() for row in read_results(ROOT / "results/adaptation.json").rows)
+    }
+    dynamic = rows["dynamic"]
+    assert dynamic["items"] >= 64
+    assert dynamic["difference_upper95"] <= 0.02
+    best = min(rows["window"]["value"], rows["window growing"]["value"])
+    assert dynamic["value"] <= best - 0.05
+    shares = zip(dynamic["retained_mass"], dynamic["oracle_mass"], strict=True)
+    assert all(ours >= 0.9 * oracle for ours, oracle in shares)
+
+
+def test_the_paragraph_below_the_table_is_in_the_results() -> None:
+    def rows(name: str) -> list[dict[str, Any]]:
+        return [row.model_dump() for row in read_results(ROOT / f"results/{name}.json").rows]
+
+    text = (ROOT / "README.md").read_text("utf-8")
+    demo = rows("demo")
+    at_90 = [row for row in demo if row["method"] == "dynamic" and row["sparsity"] == 0.9]
+    fine, vectors = sorted(at_90, key=lambda row: row["settings"]["block_size"])
+    assert f"takes {demo[0]['model_ms']:.0f} ms dense" in text
+    assert f"{fine['model_ms']:.0f} ms under the 90 %" in text
+    assert f"{vectors['model_ms']:.0f} ms in 8×1" in text
+    cycles = [row["cycles"]["dota_asplos_2022"] / 1e6 for row in (fine, demo[0])]
+    assert f"{cycles[0]:.2f} M cycles against {cycles[1]:.2f} M dense" in text
+    model = rows("stdlib_lm")[0]
+    assert model["items"] > 200
+    assert model["value"] <= 1.1
+    assert f"needs {model['value']:.4f} bits per byte on the whole" in text
+    trained = {
+        row["model"]: row["value"] for row in rows("compressors") if row["settings"]["train_bytes"]
+    }
+    assert f"xz -9 needs {trained['xz -9']:.4f}" in text
+    assert f"context mixture {trained['context mixture']:.4f}" in text
