@@ -5,7 +5,6 @@ Progress goes to standard error, so that `--json` can be piped.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -88,7 +87,8 @@ def settings_text(row: Row) -> str:
     from sparseloom.methods import METHODS
 
     known = METHODS.get(str(row["method"]))
-    default = {} if known is None else {f.name: f.default for f in dataclasses.fields(known)}
+    fields: Mapping[str, Any] = getattr(known, "__dataclass_fields__", {})
+    default = {name: field.default for name, field in fields.items()}
     parts: list[str] = []
     for key, setting in (row["settings"] or {}).items():
         pair = isinstance(setting, list | tuple) and len(setting) == 2
