@@ -50,7 +50,6 @@ _CONFIGS: dict[str, tuple[str, str, dict[str, object]]] = {
     ),
     "llama": ("LlamaForCausalLM", "LlamaConfig", _GROUPED),
     "mistral": ("MistralForCausalLM", "MistralConfig", {**_GROUPED, "sliding_window": 48}),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _GROUPED),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**_GROUPED, "head_dim": 16}),
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", {**_SIZES, **_SPECIAL}),
 }

@@ -93,3 +93,18 @@ def test_under_autocast(zoo: SimpleNamespace) -> None:
         with sparsify(model, zoo.everything):
             found = zoo.real(model(**inputs)[0], inputs)
     assert (found.float() - expected.float()).abs().max() < 0.1 * expected.float().std()
+
+
+@torch.no_grad()
+def test_a_decoder_made_bidirectional(zoo: SimpleNamespace, padding: str) -> None:
+    """5.x lets the configuration of a decoder turn causality off."""
+    if zoo.is_old:
+        pytest.skip("transformers 4.x has no such switch")
+    model, inputs = zoo.build("llama"), zoo.inputs(padding)
+    causal = zoo.real(model(**inputs)[0], inputs)
+    model.config.is_causal = False
+    expected = zoo.real(model(**inputs)[0], inputs)
+    assert (expected - causal).abs().max() > 1e-2
+    with sparsify(model, zoo.everything):
+        found = zoo.real(model(**inputs)[0], inputs)
+    torch.testing.assert_close(found, expected, **CLOSE)

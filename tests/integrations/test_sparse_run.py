@@ -18,11 +18,10 @@ from sparseloom.methods import (
     Method,
     Oracle,
     Predictor,
-    RandomMask,
     SlidingWindow,
 )
 
-METHODS = ["oracle", "threshold", "window", "random", "dynamic"]
+METHODS = ["oracle", "threshold", "window", "dynamic"]
 
 
 class Calibrate:
@@ -59,7 +58,6 @@ def make(name: str, model: nn.Module, **changes: Any) -> Method:
         "oracle": Oracle(sparsity=0.7, minimum_keys=2),
         "threshold": Oracle(threshold=0.05),
         "window": SlidingWindow(sparsity=0.7, growing=True, minimum_keys=2),
-        "random": RandomMask(sparsity=0.7, seed=3, minimum_keys=2),
     }[name]
 
 
@@ -212,3 +210,15 @@ def test_an_explicit_backend_runs_or_raises(zoo: SimpleNamespace) -> None:
     refused = pytest.raises(NotImplementedError, match="takes no mask")
     with sparsify(model, method, backend="dense"), refused:
         model(**inputs)
+
+
+@torch.no_grad()
+def test_a_compiled_model(zoo: SimpleNamespace) -> None:
+    """`torch.compile` breaks its graph at each attention and computes the same."""
+    model, inputs = zoo.build("llama", num_hidden_layers=1), zoo.inputs("left")
+    with sparsify(model, Oracle(sparsity=0.7, minimum_keys=2)) as sparse:
+        expected = model(**inputs, use_cache=False)[0]
+        compiled = torch.compile(model, backend="eager")
+        found = [compiled(**inputs, use_cache=False)[0] for _ in range(2)]
+    torch.testing.assert_close(found, [expected, expected], rtol=1e-5, atol=1e-5)
+    assert [row["calls"] for row in sparse.stats()] == [3]

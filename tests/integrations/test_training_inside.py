@@ -116,12 +116,12 @@ def test_sparse_dropout(zoo: SimpleNamespace) -> None:
                 calls.append(output)
 
     with torch.no_grad(), sparsify(model, SPARSE, observer=Keep()):
-        for _ in range(64):
+        for _ in range(32):
             model(**inputs)
         model.eval()
         model(**inputs)
     mean, exact = torch.stack(calls[:-1]).mean(0), calls[-1]
-    assert (mean - exact).abs().mean() < 0.2 * exact.abs().mean()
+    assert (mean - exact).abs().mean() < 0.25 * exact.abs().mean()
 
 
 def test_masks_are_constants_of_the_loss(zoo: SimpleNamespace) -> None:

@@ -28,13 +28,14 @@ def register(name: str, attention: Callable[..., Any], mask: Callable[..., Any])
     """Register an attention function and the mask function that goes with it, once.
 
     Both are needed: without the mask function transformers passes no mask at all and padding and
-    causality are lost silently (transformers issue 45811).
+    causality are lost silently (transformers issue 45811).  `torch.compile` does not look into
+    them: choosing pairs depends on values and counting has side effects.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if name not in AttentionInterface().valid_keys():
-        AttentionMaskInterface.register(name, mask)
-        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, torch.compiler.disable(mask))
+        AttentionInterface.register(name, torch.compiler.disable(attention))
 
 
 def follows_interface(model: nn.Module) -> bool:
