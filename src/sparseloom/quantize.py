@@ -28,6 +28,7 @@ MAX_BITS = 16
 # seven octaves cover outliers of 128 times the useful range, and the steps of 12 % are narrower
 # than the valley of the error; halving them six times then finds its bottom to 0.2 %.
 _OCTAVES, _STEPS_PER_OCTAVE, _HALVINGS = 7, 6, 6
+_FEW = 256  # values that share a scale, up to which its search is dense
 
 
 class Quantized(NamedTuple):
@@ -299,27 +300,41 @@ def _best_ternary(groups: Tensor, top: Tensor) -> Tensor:
 
 
 def _best_scale(groups: Tensor, top: Tensor, low: int, high: int) -> Tensor:
-    """Scale of least squared error: a geometric search that narrows down around the best."""
+    """Scale of least squared error: a geometric search that narrows down around the best.
+
+    The error of few values has many valleys, one for each way to round them, so there the search
+    is dense and every trial moves to the bottom of its valley (least squares for its codes).
+    """
+    few = groups.shape[-1] <= _FEW
+    steps = _STEPS_PER_OCTAVE * (min(max(high // 8, 4), 16) if few else 1)
     values = groups / top  # so that the squares neither overflow nor underflow
     log_scale = torch.zeros_like(top)  # to the base 2, relative to top
 
+    def codes_at(log_scale: Tensor) -> Tensor:
+        return (values / log_scale.exp2()).round().clamp(low, high)
+
     def error_at(log_scale: Tensor) -> Tensor:
-        scale = log_scale.exp2()
-        codes = (values / scale).round().clamp(low, high)
-        return (values - codes * scale).square().sum(-1, keepdim=True)
+        codes = codes_at(log_scale)
+        return (values - codes * log_scale.exp2()).square().sum(-1, keepdim=True)
+
+    def bottom(log_scale: Tensor) -> Tensor:
+        codes = codes_at(log_scale)
+        fit = (values * codes).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True)
+        return torch.where(fit > 0, fit.log2(), log_scale)  # no code but 0: not a number
 
     error = error_at(log_scale)
 
     def consider(trial: Tensor) -> None:
         nonlocal log_scale, error
+        trial = bottom(trial) if few else trial
         trial_error = error_at(trial)
         log_scale = torch.where(trial_error < error, trial, log_scale)
         error = torch.minimum(trial_error, error)
 
-    for step in range(1, _OCTAVES * _STEPS_PER_OCTAVE + 1):
-        consider(torch.full_like(top, -step / _STEPS_PER_OCTAVE))
+    for step in range(_OCTAVES * steps + 1):
+        consider(torch.full_like(top, -step / steps))
     for halving in range(1, _HALVINGS + 1):
-        width = 0.5**halving / _STEPS_PER_OCTAVE
+        width = 0.5**halving / steps
         centre = log_scale
         consider(centre - width)
         consider(centre + width)
