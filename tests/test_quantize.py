@@ -149,7 +149,7 @@ def test_least_squared_error_against_brute_force(
     option = {"twos_complement": twos_complement}
     top = quantization_scale(x, bits, clip="max", **option)
     best = error(quantization_scale(x, bits, clip="mse", **option)).item()
-    assert best <= error(top).item() * (1 + 1e-9)
+    assert best <= error(top).item() * (1 + 1e-9) + 1e-24  # rounding of a perfect fit
     brute = error(torch.linspace(0.003, 1, 3000).double() * top).min().item()
     # Ternary is exact; the search of the others may settle in a neighbouring valley, which only
     # Ternary is exact; of the others the search may miss the deepest of many valleys.
