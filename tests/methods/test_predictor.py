@@ -275,6 +275,12 @@ def test_partly_rotary_models_turn_the_same_share() -> None:
     assert not torch.equal(turned[:, :, 1:, :4], low[:, :, 1:, :4])
 
 
+def test_interleaved_frequencies_are_refused() -> None:
+    cos, sin = (table[..., : HEAD_DIM // 2].repeat_interleave(2, -1) for table in rotary_of(24))
+    with pytest.raises(NotImplementedError, match="in two halves, as Llama's do"):
+        layer_of(rotary=True).scores(hidden_of(), (cos, sin))
+
+
 def test_other_predictors_ignore_rotary_positions() -> None:
     layer = layer_of(32)
     assert torch.equal(layer.scores(hidden_of(), rotary_of(24)), layer.scores(hidden_of()))

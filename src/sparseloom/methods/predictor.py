@@ -237,6 +237,12 @@ class LayerPredictor(nn.Module):
         """
         cos, sin = rotary
         frequencies = cos.shape[-1] // 2
+        # All layouts agree at position 0; of the rest, one position tells them apart.
+        if not torch.equal(cos[:, -1, :frequencies], cos[:, -1, frequencies:]):
+            raise NotImplementedError(
+                "rotary: cos and sin must repeat their frequencies in two halves, as Llama's do; "
+                "models that interleave them are not supported by a rotary predictor"
+            )
         pairs = max(1, round(self.width / 2 * min(1.0, cos.shape[-1] / self.head_dim)))
         chosen = torch.linspace(0, frequencies - 1, pairs, device=cos.device).round().long()
         cos = cos[..., chosen].float().unsqueeze(1)  # (B or 1, 1, L, pairs)
