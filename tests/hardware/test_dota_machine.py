@@ -94,7 +94,7 @@ def test_words_that_are_not_full_can_be_charged() -> None:
     trace = with_masks(workload(), keep, keep, predictor=PredictorShape(head_dim=2, bits=4))
     ideal = simulate(trace)
     words = simulate(trace, **{"closed_form.detection": "whole_words"})
-    # Two of eight values of a word: specs dsa_dota_elsa.md §0.3.
+    # With k_h = 2, two of the eight INT4 values of a word are used.
     assert words.components["detection"] == pytest.approx(4 * ideal.components["detection"])
     assert any("take 4 times as long and is not charged" in text for text in ideal.assumptions)
     assert any("take 4 times as long and is charged" in text for text in words.assumptions)

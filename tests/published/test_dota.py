@@ -1,4 +1,4 @@
-"""DOTA's closed form against its reference outputs (specs dsa_dota_elsa.md §10) and totals."""
+"""DOTA's closed form against reference outputs worked by hand, and published totals."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_the_bookkeeping_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPat
 
 
 def test_worked_example_of_shared_loads() -> None:
-    # specs dsa_dota_elsa.md §8.3: four queries with four keys each need eight keys between them.
+    # Four queries with four keys each need eight keys between them.
     keep = np.zeros((1, 1, 4, 8), np.bool_)
     for query, kept in enumerate([(1, 2, 4, 6), (0, 2, 3, 6), (2, 4, 5, 7), (0, 2, 4, 7)]):
         keep[0, 0, query, list(kept)] = True

@@ -1,7 +1,7 @@
 """DOTA's time and actions from operator sizes and kept pairs: one formula per stage.
 
 With p elements per Lane, L Lanes and m low-precision products per element and cycle
-(specs dsa_dota_elsa.md §10, [D]), for one sequence of n tokens:
+(derived from the published array, for one sequence of n tokens):
 
 - linear      3·n·d·d_qkv / (p·L)
 - detection   ⌈h/L⌉ · (2·n·d·k_h + n²·k_h) / (p·m)

@@ -1,7 +1,7 @@
 """DOTA (ASPLOS 2022): the closed form's reference outputs, module sums, and published trends.
 
-The paper's retentions per benchmark are unpublished: those below are our defaults (specs
-dsa_dota_elsa.md §11), and everything that needs them is a scenario.
+The paper's retentions per benchmark are unpublished: those below are our defaults, and everything
+that needs them is a scenario.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ BENCHMARKS = (
 )
 
 # Cycles per layer at ideal utilisation (linear, detection, attention, other, all) and
-# milliseconds of the model, from specs §10.
+# milliseconds of the model: the closed form worked by hand.
 REFERENCE: dict[tuple[str, str], tuple[float, float, float, float, float, float]] = {
     ("SQuAD", "F"): (589_824, 0, 147_456, 1_769_472, 2_506_752, 60.16),
     ("SQuAD", "C"): (589_824, 7_296, 14_746, 1_769_472, 2_381_338, 57.15),
