@@ -77,6 +77,7 @@ def _scored_as(study: Study, name: str, tuned: Method) -> Mapping[str, Method]:
         "dynamic": tuned,
         "dynamic 8×1": dataclasses.replace(tuned, block_size=(8, 1)),
         "oracle on the dynamic model": Oracle(sparsity=study.sparsity),
+        "oracle 8×1 on the dynamic model": Oracle(sparsity=study.sparsity, block_size=(8, 1)),
         "dense on the dynamic model": Dense(),
     }
 
