@@ -15,6 +15,7 @@ LABELS = {
     "oracle on the dynamic model": "oracle (exact top-k)",
     "dynamic": "dynamic, INT4, fine-grained",
     "dynamic, model untuned": "the same, model left as it was",
+    "oracle 8×1 on the dynamic model": "oracle in 8×1 vectors",
     "dynamic 8×1": "dynamic, INT4, 8×1 vectors",
     "window": "sliding window",
     "window growing": "growing window",
