@@ -30,11 +30,13 @@ def save(
     """Write model and method to the folder `path`.
 
     The folder appears whole or not at all.  Raises FileExistsError when it exists and `overwrite`
-    is false.
+    is false, or when it holds something other than a saved model.
     """
     path = Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"path: {path} exists; pass overwrite=True to replace it")
+    if path.exists() and not (path / "config.json").is_file():
+        raise FileExistsError(f"path: {path} exists and is no saved model, so it is not replaced")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     before = getattr(model.config, "sparse", None)
