@@ -1,0 +1,9 @@
+#include <nanobind/nanobind.h>
+
+namespace nb = nanobind;
+
+namespace sparseloom {
+
+void bind_attention(nb::module_&) {}
+
+}  // namespace sparseloom
