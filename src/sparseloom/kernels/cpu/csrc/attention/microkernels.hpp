@@ -1,0 +1,214 @@
+// The two products of attention for a tile of R query rows and a list of gathered keys.
+//
+// Scores keep the rows in the lanes: a vector holds R rows times G = W / R neighbouring dims, and
+// each key adds fma(queries, repeat<G>(key + d)), a broadcast load and no shuffle. Adjacent lanes
+// are added at the end. Values keep the dims in the lanes and broadcast the probabilities.
+#pragma once
+
+#include "simd.hpp"
+
+namespace sparseloom::SL_TIER {
+
+#if SL_AVX512
+constexpr int KEY_TILE = 16;  // keys whose scores are accumulated at once
+#else
+constexpr int KEY_TILE = 8;
+#endif
+
+// ---------------------------------------------------------------- lane shuffles
+
+// [a0+a1, a2+a3, ..., b0+b1, b2+b3, ...]
+SL_INLINE F add_pairs(F a, F b) {
+#if SL_AVX512
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return {_mm512_add_ps(_mm512_permutex2var_ps(a.v, even, b.v),
+                        _mm512_permutex2var_ps(a.v, odd, b.v))};
+#elif SL_AVX2
+  const __m256d sums = _mm256_castps_pd(_mm256_hadd_ps(a.v, b.v));
+  return {_mm256_castpd_ps(_mm256_permute4x64_pd(sums, 0xd8))};
+#else
+  return {Lanes{a.v[0] + a.v[1], a.v[2] + a.v[3], b.v[0] + b.v[1], b.v[2] + b.v[3]}};
+#endif
+}
+
+// Interleaves groups of G lanes: low = [a0.. b0.. a1.. b1..] of the first halves, high of the last.
+template <int G>
+SL_INLINE void zip(F a, F b, F& low, F& high) {
+  float x[W], y[W], mixed[2 * W];
+  store(x, a);
+  store(y, b);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    mixed[i / G * 2 * G + i % G] = x[i];
+    mixed[i / G * 2 * G + G + i % G] = y[i];
+  }
+  low = load(mixed);
+  high = load(mixed + W);
+}
+
+#if SL_AVX512
+template <int G>
+SL_INLINE __m512i zip_order(int half) {
+  int order[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const int place = half * 16 + i, group = place / (2 * G), inside = place % (2 * G);
+    order[i] = inside < G ? group * G + inside : 16 + group * G + inside - G;
+  }
+  return _mm512_loadu_si512(order);
+}
+template <>
+SL_INLINE void zip<1>(F a, F b, F& low, F& high) {
+  const __m512i lo = zip_order<1>(0), hi = zip_order<1>(1);
+  low = {_mm512_permutex2var_ps(a.v, lo, b.v)};
+  high = {_mm512_permutex2var_ps(a.v, hi, b.v)};
+}
+template <>
+SL_INLINE void zip<2>(F a, F b, F& low, F& high) {
+  const __m512i lo = zip_order<2>(0), hi = zip_order<2>(1);
+  low = {_mm512_permutex2var_ps(a.v, lo, b.v)};
+  high = {_mm512_permutex2var_ps(a.v, hi, b.v)};
+}
+template <>
+SL_INLINE void zip<4>(F a, F b, F& low, F& high) {
+  const __m512i lo = zip_order<4>(0), hi = zip_order<4>(1);
+  low = {_mm512_permutex2var_ps(a.v, lo, b.v)};
+  high = {_mm512_permutex2var_ps(a.v, hi, b.v)};
+}
+#endif
+
+// ---------------------------------------------------------------- rows to lanes
+
+// Copies `count` of n numbers per row into fp32, times `factor`, and zeroes up to `padded`.
+template <class T>
+SL_INLINE void widen_row(const T* from, float* to, int n, int padded, F factor) {
+  int d = 0;
+  for (; d + W <= n; d += W) store(to + d, load(from + d) * factor);
+  if (d < n) {
+    store(to + d, load_n(from + d, n - d) * factor);
+    d += W;
+  }
+  for (; d < padded; d += W) store(to + d, zero());
+}
+
+// Transposes R rows of `width` numbers (a multiple of W, row r at rows + r * stride) into
+// width / G vectors of R x G lanes, vector t holding dims t * G ... t * G + G - 1 of every row.
+template <int R>
+SL_INLINE void rows_to_lanes(const float* rows, int stride, int width, float* packed) {
+  constexpr int G = W / R;
+  for (int d = 0; d < width; d += W) {
+    F a[R], b[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) a[r] = load(rows + r * stride + d);
+#pragma GCC unroll 4
+    for (int stage = 1; stage < R; stage *= 2) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R / 2; ++r) zip<G>(a[r], a[r + R / 2], b[2 * r], b[2 * r + 1]);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) a[r] = b[r];
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) store(packed + (d / G + r) * W, a[r]);
+  }
+}
+
+// ---------------------------------------------------------------- scores
+
+// Sums of adjacent groups of G lanes for KEY_TILE keys: out[key * R + row].
+template <int R>
+SL_INLINE void store_scores(F (&acc)[KEY_TILE], float* out, F& highest) {
+  constexpr int G = W / R;
+  int left = KEY_TILE;
+#pragma GCC unroll 4
+  for (int g = G; g > 1; g /= 2) {
+    left /= 2;
+#pragma GCC unroll 8
+    for (int i = 0; i < left; ++i) acc[i] = add_pairs(acc[2 * i], acc[2 * i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < KEY_TILE / G; ++i) {
+    store(out + i * W, acc[i]);
+    highest = max(highest, acc[i]);
+  }
+}
+
+// Scores of R rows (from rows_to_lanes, `width` dims) and KEY_TILE keys that lie STRIDE apart.
+// `highest` collects the largest per lane.
+template <int R, int STRIDE>
+SL_INLINE void score_tile(const float* queries, const float* keys, int width, float* out,
+                          F& highest) {
+  constexpr int G = W / R;
+  F acc[KEY_TILE];
+#pragma GCC unroll 16
+  for (int k = 0; k < KEY_TILE; ++k) acc[k] = zero();
+  for (int t = 0; t < width / G; ++t) {
+    const F q = load(queries + t * W);
+#pragma GCC unroll 16
+    for (int k = 0; k < KEY_TILE; ++k)
+      acc[k] = fma(q, repeat<G>(keys + k * STRIDE + t * G), acc[k]);
+  }
+  store_scores<R>(acc, out, highest);
+}
+
+// The same for one row against rows in place: `width` is a multiple of W.
+SL_INLINE void score_rows(const float* query, const float* const* keys, int width, float* out,
+                          F& highest) {
+  F acc[KEY_TILE];
+#pragma GCC unroll 16
+  for (int k = 0; k < KEY_TILE; ++k) acc[k] = zero();
+  for (int d = 0; d < width; d += W) {
+    const F q = load(query + d);
+#pragma GCC unroll 16
+    for (int k = 0; k < KEY_TILE; ++k) acc[k] = fma(q, load(keys[k] + d), acc[k]);
+  }
+  store_scores<1>(acc, out, highest);
+}
+
+// ---------------------------------------------------------------- values
+
+// sums[r][0 ... NV*W) += sum over keys of weights[key * R + r] * values[key][0 ... NV*W),
+// for the rows 0 ... RT - 1 of the R that `weights` holds per key.
+template <int R, int RT, int NV>
+SL_INLINE void value_block(const float* weights, const float* const* values, int keys, int at,
+                           float* sums, int stride) {
+  F acc[RT][NV];
+#pragma GCC unroll 8
+  for (int r = 0; r < RT; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[r][v] = load(sums + r * stride + v * W);
+  for (int k = 0; k < keys; ++k) {
+    const float* row = values[k] + at;
+    F value[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) value[v] = load(row + v * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < RT; ++r) {
+      const F weight = set1(weights[k * R + r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) acc[r][v] = fma(weight, value[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < RT; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store(sums + r * stride + v * W, acc[r][v]);
+}
+
+// All rows and `width` dims (a multiple of W).
+template <int R>
+SL_INLINE void add_values(const float* weights, const float* const* values, int keys, int width,
+                          float* sums, int stride) {
+  constexpr int MOST = SL_AVX512 ? 8 : 4;
+  constexpr int RT = R < MOST ? R : MOST;
+  constexpr int NV = RT <= 4 && SL_AVX512 ? 4 : 2;
+  for (int r = 0; r < R; r += RT) {
+    int d = 0;
+    for (; d + NV * W <= width; d += NV * W)
+      value_block<R, RT, NV>(weights + r, values, keys, d, sums + r * stride + d, stride);
+    for (; d < width; d += W)
+      value_block<R, RT, 1>(weights + r, values, keys, d, sums + r * stride + d, stride);
+  }
+}
+
+}  // namespace sparseloom::SL_TIER
