@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 
@@ -39,7 +39,9 @@ def test_an_unknown_tier_is_refused_with_the_ones_there_are() -> None:
 
 
 def test_a_tier_that_the_processor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    narrow = SimpleNamespace(widest_tier=lambda: 1, active_tier=lambda: 1)
+    narrow = ModuleType("narrow")
+    monkeypatch.setattr(narrow, "widest_tier", lambda: 1, raising=False)
+    monkeypatch.setattr(narrow, "active_tier", lambda: 1, raising=False)
     monkeypatch.setattr(native, "library", lambda: narrow)
     assert native.available_tiers() == ("portable", "avx2")
     with (
