@@ -19,6 +19,7 @@ from sparseloom.methods import (
     Oracle,
     Predictor,
     SlidingWindow,
+    costs,
 )
 
 METHODS = ["oracle", "threshold", "window", "dynamic"]
@@ -95,7 +96,7 @@ class Checker:
 @pytest.mark.parametrize("name", METHODS)
 def test_the_mask_is_what_runs(zoo: SimpleNamespace, family: str, padding: str, name: str) -> None:
     model, inputs, checker = zoo.build(family), zoo.inputs(padding), Checker()
-    with sparsify(model, make(name, model), observer=checker) as sparse:
+    with sparsify(model, make(name, model), when="always", observer=checker) as sparse:
         found = zoo.real(model(**inputs)[0], inputs)
     assert checker.calls == 2
     assert checker.worst < 1e-4
@@ -114,7 +115,7 @@ def test_decoding_step_by_step_equals_one_pass(
     method = make(name, model)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    with sparsify(model, method):
+    with sparsify(model, method, when="always"):
         at_once = model(**inputs, position_ids=positions, use_cache=False).logits
         cache, steps = None, []
         for start, stop in [(0, 11), (11, 13), *((i, i + 1) for i in range(13, 18))]:
@@ -140,7 +141,7 @@ def test_generate_equals_generating_without_a_cache(
 ) -> None:
     model, inputs = zoo.build(family), zoo.inputs("left", length=12)
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": beams, "do_sample": False}
-    with sparsify(model, make(name, model)):
+    with sparsify(model, make(name, model), when="always"):
         cached = model.generate(**inputs, **settings, use_cache=True)
         anew = model.generate(**inputs, **settings, use_cache=False)
     assert torch.equal(cached, anew)
@@ -153,7 +154,7 @@ def test_short_inputs_run_dense_and_are_remembered(zoo: SimpleNamespace) -> None
     model, inputs = zoo.build("llama"), zoo.inputs("none", length=6)
     method = make("dynamic", model, minimum_keys=8)
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
-    with sparsify(model, method) as sparse:
+    with sparsify(model, method, when="always") as sparse:
         cached = model.generate(**inputs, **settings)
         row = sparse.stats()[0]
         anew = model.generate(**inputs, **settings, use_cache=False)
@@ -222,3 +223,52 @@ def test_a_compiled_model(zoo: SimpleNamespace) -> None:
         found = [compiled(**inputs, use_cache=False)[0] for _ in range(2)]
     torch.testing.assert_close(found, [expected, expected], rtol=1e-5, atol=1e-5)
     assert [row["calls"] for row in sparse.stats()] == [3]
+
+
+@torch.no_grad()
+def test_the_cost_rule_decides_unless_told_otherwise(
+    zoo: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = zoo.build("llama"), zoo.inputs("none")
+    method = make("dynamic", model)
+    expected = model(**inputs).logits
+    asked: list[int] = []
+
+    def never(method: object, call: AttentionInputs) -> bool:
+        asked.append(call.layer)
+        return False
+
+    monkeypatch.setattr(costs, "pays", never)
+    with sparsify(model, method) as sparse:
+        found = model(**inputs).logits
+    assert torch.equal(found, expected) or (found - expected).abs().max() < 1e-5
+    assert asked == [0, 1]
+    assert [(row["ran"], row["dense_calls"]) for row in sparse.stats()] == [("dense", 1)] * 2
+    assert sparse.stats()[0]["prediction_macs"] == 0
+    forced: list[dict[str, Any]] = [
+        {"when": "always"}, {"backend": "reference"}, {"diagnose": True}
+    ]  # fmt: skip
+    for options in forced:
+        with sparsify(model, method, **options) as sparse:
+            model(**inputs)
+        assert {row["ran"] for row in sparse.stats()} == {"sparse"}, options
+    assert asked == [0, 1]
+    monkeypatch.setattr(costs, "pays", lambda *_: True)
+    with sparsify(model, method) as sparse:
+        model(**inputs)
+    assert {row["ran"] for row in sparse.stats()} == {"sparse"}
+
+
+@torch.no_grad()
+def test_a_step_that_does_not_pay_is_remembered(
+    zoo: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The predictor's keys of a prompt that ran dense are there when selecting pays at last."""
+    model, inputs = zoo.build("llama"), zoo.inputs("none", length=12)
+    method = make("dynamic", model)
+    monkeypatch.setattr(costs, "pays", lambda _, call: call.key.shape[2] >= 15)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    with sparsify(model, method) as sparse:
+        model.generate(**inputs, **settings)
+    row = sparse.stats()[0]
+    assert (row["calls"], row["dense_calls"], row["ran"]) == (6, 3, "sparse")

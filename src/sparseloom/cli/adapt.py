@@ -125,7 +125,7 @@ def _scored(
     from sparseloom.integrations import sparsify
 
     dense = task.score(loaded, limit=limit)
-    with sparsify(loaded.model, method) as sparse:
+    with sparsify(loaded.model, method, when="always") as sparse:
         score = task.score(loaded, limit=limit)
         layers = sparse.stats()
     allowed = sum(layer["allowed_pairs"] for layer in layers)

@@ -141,7 +141,7 @@ def _score(
     if file.exists():
         return json.loads(file.read_text())
     task = get_task("stdlib").load()
-    with sparsify(loaded.model, method) as sparse:
+    with sparsify(loaded.model, method, when="always") as sparse:
         score = task.score(loaded, limit=study.windows)
         layers = sparse.stats()
     accuracy: dict[str, list[float]] = {}

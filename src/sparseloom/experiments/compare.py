@@ -93,7 +93,7 @@ def compare(
     with _Progress(console, total=len(named) + 2 * (repeats > 0)) as say:
         for name, method in named.items():
             say(f"scoring {name}")
-            with sparsify(loaded.model, method) as sparse:
+            with sparsify(loaded.model, method, when="always") as sparse:
                 scores[name] = scorer.score(loaded, limit=limit)
                 layers = sparse.stats()
             quality = _quality(loaded, method, sample) if diagnose else {}
@@ -184,7 +184,7 @@ def time_methods(
     calls = capture(loaded, sample)
 
     def forward(method: Method) -> None:
-        with torch.no_grad(), sparsify(loaded.model, method):
+        with torch.no_grad(), sparsify(loaded.model, method, when="always"):
             loaded.model(**sample)
 
     say("timing attention")

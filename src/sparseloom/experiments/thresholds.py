@@ -96,7 +96,7 @@ def oracle_thresholds(
     ]
     for threshold in thresholds:
         step(f"STS-B, θ = {threshold}")
-        with sparsify(loaded.model, Oracle(threshold=threshold)) as sparse:
+        with sparsify(loaded.model, Oracle(threshold=threshold), when="always") as sparse:
             score = similarity.score(loaded, limit=pairs)
         rows.append(
             _row("sts-b", threshold, "spearman", score.value, dense_score.value)
@@ -104,7 +104,7 @@ def oracle_thresholds(
             | _sparsity(sparse)
         )
         step(f"IMDB, θ = {threshold}")
-        with sparsify(loaded.model, Oracle(threshold=threshold)) as sparse:
+        with sparsify(loaded.model, Oracle(threshold=threshold), when="always") as sparse:
             change = EmbeddingChange.between(dense, pooled(loaded, texts))
         cosine, moved = change.one_minus_cosine, change.relative_l2
         rows.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +18,7 @@ from sparseloom.integrations.padding import PaddingReader
 from sparseloom.integrations.stats import LayerCounts
 from sparseloom.kernels import attention, choose_backend
 from sparseloom.mask import SparseMask
+from sparseloom.methods import costs
 from sparseloom.methods.base import Attender, AttentionInputs, Method, Selector
 
 # Arguments of other attention functions that change the result; None and False are harmless.
@@ -33,6 +34,10 @@ _UNSUPPORTED = {
     "cache": "a paged cache",
     "output_attentions": "returning attention matrices",
 }
+
+
+When: TypeAlias = Literal["auto", "always"]
+"""When a method selects: where the cost rule says so, or wherever it leaves anything out."""
 
 
 @runtime_checkable
@@ -58,6 +63,7 @@ class Session:
     backend: str
     observer: Observer | None
     diagnose: bool
+    when: When = "auto"
     counts: dict[int, LayerCounts] = field(default_factory=dict)
     read_padding: PaddingReader = field(default_factory=PaddingReader)
 
@@ -160,8 +166,9 @@ def _run(session: Session, inputs: AttentionInputs, dropout: float) -> Tensor:
     """Choose, compute, count and show one attention call."""
     method, mask, prediction_macs = session.method, None, 0
     if isinstance(method, Selector):
+        selects = _selects(session, method, inputs)
         with torch.no_grad():  # a mask is a constant of the model's loss
-            if method.worthwhile(inputs.query.shape[2], inputs.key.shape[2]):
+            if selects:
                 mask = method.select(inputs)
                 prediction_macs = method.prediction_macs(inputs.shape)
             else:
@@ -185,6 +192,13 @@ def _run(session: Session, inputs: AttentionInputs, dropout: float) -> Tensor:
     if session.observer is not None:
         session.observer.on_attention(inputs, mask, out)
     return out
+
+
+def _selects(session: Session, method: Selector, inputs: AttentionInputs) -> bool:
+    if not method.worthwhile(inputs.query.shape[2], inputs.key.shape[2]):
+        return False
+    free = session.when == "auto" and session.backend == "auto" and not session.diagnose
+    return not free or costs.pays(method, inputs)
 
 
 def _compute(

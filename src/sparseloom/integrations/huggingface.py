@@ -17,7 +17,15 @@ from torch import nn
 
 from sparseloom.errors import unknown_name
 from sparseloom.integrations import _compat, padding
-from sparseloom.integrations.call import SITES, Observer, Session, Site, attention_function, capture
+from sparseloom.integrations.call import (
+    SITES,
+    Observer,
+    Session,
+    Site,
+    When,
+    attention_function,
+    capture,
+)
 from sparseloom.integrations.describe import attention_modules, config_of
 from sparseloom.integrations.stats import LayerStats
 from sparseloom.kernels.ops import BACKENDS
@@ -34,6 +42,7 @@ def sparsify(
     method: Method | Sequence[Method],
     *,
     backend: str = "auto",
+    when: When = "auto",
     observer: Observer | None = None,
     diagnose: bool = False,
 ) -> Sparsified:
@@ -55,8 +64,12 @@ def sparsify(
     Args:
         model: a Hugging Face model; restored exactly on exit, also after an exception.
         method: what chooses the pairs.  A list may hold one method for now.
-        backend: kernel of the sparse calls, as in `sparseloom.attention`.  A method that decides
-            to run dense (`Selector.worthwhile`) takes the dense kernel, and `stats()` says so.
+        backend: kernel of the sparse calls, as in `sparseloom.attention`.
+        when: when to select.  `"auto"` follows the cost rule (`sparseloom.methods.costs`): calls
+            that selecting would make slower on this machine run dense, and `stats()` says so;
+            a `backend` that is named, gradients and `diagnose` always select.  `"always"` selects in every
+            call in which anything is left out (`Selector.worthwhile`), whatever it costs: what
+            quality is measured with, because it does not depend on the machine.
         observer: called after every attention call.
         diagnose: also measure each choice against the exact top-k of the same size (slow).
 
@@ -73,23 +86,19 @@ def sparsify(
     config_of(model)
     if backend not in (names := ("auto", "dense", *BACKENDS)):
         raise unknown_name("backend", backend, names)
-    return Sparsified(model, _one_method(method), backend, observer, diagnose)
+    if when not in ("auto", "always"):
+        raise unknown_name("when", when, ("auto", "always"))
+    session = Session(_one_method(method), backend, observer, diagnose, when)
+    return Sparsified(model, session)
 
 
 class Sparsified:
     """A model and the method that runs in it: what `sparsify` returns."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: Method,
-        backend: str,
-        observer: Observer | None,
-        diagnose: bool,
-    ) -> None:
+    def __init__(self, model: nn.Module, session: Session) -> None:
         self.model = model
-        self.method = method
-        self._session = Session(method, backend, observer, diagnose)
+        self.method = session.method
+        self._session = session
         self._undo: ExitStack | None = None
 
     def __enter__(self) -> Sparsified:

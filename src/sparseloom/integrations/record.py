@@ -71,7 +71,7 @@ def record(
     was_training = model.training
     model.eval()
     try:
-        with recorder, sparsify(model, method, observer=recorder):
+        with recorder, sparsify(model, method, when="always", observer=recorder):
             if new_tokens:
                 length = {"max_new_tokens": new_tokens + 1, "min_new_tokens": new_tokens + 1}
                 model.generate(**inputs, **length, do_sample=False, num_beams=1)  # pyright: ignore[reportCallIssue]

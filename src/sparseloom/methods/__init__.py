@@ -9,6 +9,7 @@ from sparseloom.methods.base import (
     Pruner,
     Selector,
     Survivors,
+    Work,
 )
 from sparseloom.methods.dense import Dense
 from sparseloom.methods.dynamic import DynamicSparse, calibrate_thresholds
@@ -38,6 +39,7 @@ __all__ = [
     "Selector",
     "SlidingWindow",
     "Survivors",
+    "Work",
     "budgets",
     "calibrate_thresholds",
     "format_method",

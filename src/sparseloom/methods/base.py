@@ -75,6 +75,24 @@ class AttentionShape:
         return (low + high) * (high - low + 1) // 2
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a selector would leave to compute in one attention call, and what choosing it takes.
+
+    Attributes:
+        block_size: (queries, keys) of the mask's blocks.
+        kept_blocks: entries of the mask, per head of one sequence; an estimate where the choice
+            depends on the data.
+        width: columns per head of the predictor.
+        bits: of its codes.
+    """
+
+    block_size: tuple[int, int]
+    kept_blocks: int
+    width: int
+    bits: int
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class AttentionInputs:
     """What a method sees of one attention call, after rotary positions and cache update.
@@ -182,11 +200,17 @@ class Selector(Method):
         """
 
     def worthwhile(self, q_len: int, kv_len: int) -> bool:
-        """Whether to select at all; False = run dense, because nothing would be left out.
-
-        The cost rule of the method layer.  Subclasses say which inputs fall under it.
-        """
+        """Whether selecting leaves anything out; where it does not, the call runs dense."""
         return q_len > 0 and kv_len > 0
+
+    def work(self, shape: AttentionShape) -> Work | None:
+        """What a call of this shape would cost, for the cost rule (`sparseloom.methods.costs`).
+
+        None: the rule has no say, and the method always selects.  So it is with methods that
+        are gauges rather than savings, such as the oracle.
+        """
+        del shape
+        return None
 
     def prediction_macs(self, shape: AttentionShape) -> int:
         """Multiply-accumulates spent on choosing, whatever their width; 0 for fixed patterns."""

@@ -12,11 +12,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sparseloom.mask import SparseMask
-from sparseloom.methods.base import AttentionInputs, AttentionShape, Selector
+from sparseloom.methods.base import AttentionInputs, AttentionShape, Selector, Work
 from sparseloom.methods.coding import BITS, Coded
 from sparseloom.methods.pooling import POOLINGS, Pooling
 from sparseloom.methods.predictor import LayerPredictor, Predictor, PredictorKeys, predictor_width
-from sparseloom.methods.selection import Scores, budgets, keeps_all, threshold_mask, topk_mask
+from sparseloom.methods.selection import (
+    Scores,
+    budgets,
+    keeps_all,
+    kept_blocks,
+    threshold_mask,
+    topk_mask,
+)
 from sparseloom.methods.settings import (
     check_at_least,
     check_block_size,
@@ -154,6 +161,23 @@ class DynamicSparse(Selector):
         """
         del q_len
         return not keeps_all(kv_len, self.sparsity, self.minimum_keys)
+
+    def work(self, shape: AttentionShape) -> Work | None:
+        """The budget of `topk_mask` and the predictor; by thresholds, what they were made for.
+
+        None without a predictor, so that selecting says what is missing.
+        """
+        if self.predictor is None:
+            return None
+        kept = kept_blocks(
+            shape.q_len,
+            shape.kv_len,
+            self.block_size,
+            is_causal=shape.is_causal,
+            sparsity=self.sparsity,
+            minimum_keys=self.minimum_keys,
+        )
+        return Work(self.block_size, kept, self.predictor.width, self.bits)
 
     def prediction_macs(self, shape: AttentionShape) -> int:
         """Multiply-accumulates at `bits` width: q_len·d·2k of X·P·W̃ for the new tokens, and width

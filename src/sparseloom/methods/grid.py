@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
@@ -23,6 +25,24 @@ def budgets(
 def keeps_all(kv_len: int, sparsity: float, minimum_keys: int) -> bool:
     """Whether even the row that sees all `kv_len` keys keeps all of them."""
     return int(budgets(torch.tensor(kv_len), sparsity, minimum_keys)) >= kv_len
+
+
+@functools.lru_cache(maxsize=256)
+def kept_blocks(
+    q_len: int,
+    kv_len: int,
+    block_size: tuple[int, int],
+    *,
+    is_causal: bool,
+    sparsity: float,
+    minimum_keys: int,
+) -> int:
+    """Key blocks that one head keeps in all by `topk_mask`, without padding."""
+    device = torch.device("cpu")
+    grid = Grid(
+        q_len, kv_len, block_size=block_size, is_causal=is_causal, key_padding=None, device=device
+    )
+    return int(grid.budget(sparsity, minimum_keys).sum())
 
 
 class Grid:

@@ -10,11 +10,20 @@ from torch import Tensor
 
 from sparseloom.mask import SparseMask
 from sparseloom.methods._topk import select_rows
-from sparseloom.methods.grid import Grid, budgets, keeps_all
+from sparseloom.methods.grid import Grid, budgets, keeps_all, kept_blocks
 from sparseloom.methods.pooling import Pooling, any_pair, pool_scores
 from sparseloom.methods.scores import Scores
 
-__all__ = ["Grid", "Scores", "budgets", "keeps_all", "pool_scores", "threshold_mask", "topk_mask"]
+__all__ = [
+    "Grid",
+    "Scores",
+    "budgets",
+    "keeps_all",
+    "kept_blocks",
+    "pool_scores",
+    "threshold_mask",
+    "topk_mask",
+]
 
 
 @torch.no_grad()

@@ -200,7 +200,7 @@ def finetune(
         predictor.train()
     observer = seen if predictor is not None else None
     try:
-        with sparsify(model, method, observer=observer):
+        with sparsify(model, method, when="always", observer=observer):
             return run_loop(
                 f"fine-tune {method.name}",
                 joint,

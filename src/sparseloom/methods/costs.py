@@ -1,0 +1,304 @@
+"""The cost rule: run dense where selecting first would take longer, from times measured here.
+
+A call that may select pays for prediction and selection, and then for the kept pairs; dense
+attention pays for all of them.  Each of the three is a sum of terms (a fixed part, rows, pairs …)
+times coefficients that `sparseloom bench --calibrate` fits to measured times.  Coefficients are
+in units of one dense fp32 pair and dimension, so that a table made on one machine tells when to
+be sparse on another with the same instructions; the package ships such tables, and those of
+this very processor come first.
+
+Only the method layer uses the rule: a mask that is given is always computed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sparseloom.kernels import available_backends
+from sparseloom.methods.base import AttentionInputs, AttentionShape, Selector, Work
+from sparseloom.results import machine_facts
+
+SCHEMA = "sparseloom/costs/1"
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+MARGIN = 1.0
+"""Selecting pays while its expected time is at most this multiple of the dense one."""
+
+Terms = Mapping[str, float]
+
+
+class CostTable(BaseModel):
+    """Coefficients of one machine.  Blocks are written as "8x1".
+
+    Attributes:
+        tier: instruction set of the CPU backend that they hold for.
+        unit_seconds: what one dense fp32 pair and dimension took there.
+        dense: by dtype.
+        attend: attention under a mask, by dtype and block.
+        select: prediction and selection, by block.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    cpu: str
+    tier: str
+    threads: int = Field(ge=1)
+    date: str
+    command: str
+    versions: dict[str, str]
+    unit_seconds: float = Field(gt=0)
+    dense: dict[str, dict[str, float]]
+    attend: dict[str, dict[str, dict[str, float]]]
+    select: dict[str, dict[str, float]]
+
+
+class CostFile(BaseModel):
+    """What `costs.json` of the package and `calibration.json` of a user hold."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True
+    )
+
+    schema_: Literal["sparseloom/costs/1"] = Field(default=SCHEMA, alias="schema")
+    tables: list[CostTable]
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Expected seconds of one attention call."""
+
+    dense: float
+    select: float
+    attend: float
+
+    @property
+    def ratio(self) -> float:
+        """Selecting and attending over dense."""
+        return (self.select + self.attend) / self.dense
+
+
+# ---------------------------------------------------------------------------- the rule
+
+
+def pays(method: Selector, inputs: AttentionInputs) -> bool:
+    """Whether selecting is expected to be no slower than running the call dense.
+
+    It has a say only in calls that a table describes.  Otherwise:
+
+    - a method without `work`, another device than a CPU, or gradients: select (what is learned
+      must not depend on the speed of a machine);
+    - no CPU backend, or a dtype that it does not take: run dense, because the reference computes
+      every score anyway.
+    """
+    work = method.work(inputs.shape)
+    if work is None or inputs.query.device.type != "cpu" or _needs_grad(inputs):
+        return True
+    table = table_in_use()
+    dtype = _dtype_of(inputs)
+    if table is None or dtype not in table.dense:
+        return False
+    return expected(table, inputs.shape, work, dtype).ratio <= MARGIN
+
+
+def expected(table: CostTable, shape: AttentionShape, work: Work, dtype: str) -> Expected:
+    """Expected times of a call in `dtype` ("float32", "bfloat16", "float16").
+
+    Blocks that were not measured count as the largest measured ones that fit into them.
+
+    Raises:
+        ValueError: the table does not know the dtype.
+    """
+    if dtype not in table.dense:
+        raise ValueError(f"dtype must be one of {', '.join(table.dense)}, got {dtype!r}")
+    unit = table.unit_seconds
+    attend, select = table.attend[dtype], table.select
+    return Expected(
+        dense=unit * _dot(table.dense[dtype], dense_terms(shape)),
+        select=unit * _dot(select[fitting(work.block_size, select)], select_terms(shape, work)),
+        attend=unit * _dot(attend[fitting(work.block_size, attend)], attend_terms(shape, work)),
+    )
+
+
+def table_in_use() -> CostTable | None:
+    """The table for this processor and the tier that the CPU backend runs with.
+
+    A user's own table of the same processor and tier comes first (of several, the one with the
+    number of threads in use); then the shipped one of the tier, or of the next narrower tier.
+    None without the CPU backend.
+    """
+    if available_backends().get("cpu", "not part of this version") is not None:
+        return None
+    from sparseloom.kernels.cpu import native
+
+    tier = native.active_tier()
+    own = [t for t in _tables(user_file()) if (t.cpu, t.tier) == (_cpu(), tier)]
+    threads = torch.get_num_threads()
+    if own:
+        return min(own, key=lambda table: abs(table.threads - threads))
+    shipped = {table.tier: table for table in _shipped()}
+    known = native.TIERS[: native.TIERS.index(tier) + 1]
+    return next((shipped[name] for name in reversed(known) if name in shipped), None)
+
+
+def crossover(
+    method: Selector, shape: AttentionShape, dtype: str, table: CostTable | None = None
+) -> Expected | None:
+    """What the rule expects of `method` in such a call; None where it has no say."""
+    table = table_in_use() if table is None else table
+    work = method.work(shape)
+    if table is None or work is None or dtype not in table.dense:
+        return None
+    return expected(table, shape, work, dtype)
+
+
+# ---------------------------------------------------------------------------- terms
+
+
+def dense_terms(shape: AttentionShape) -> dict[str, float]:
+    """Terms of dense attention: the call, its rows, its pairs."""
+    heads = shape.batch * shape.heads
+    return {
+        "call": 1.0,
+        "rows": float(heads * (shape.q_len + shape.kv_len) * shape.head_dim),
+        "pairs": float(heads * shape.allowed_pairs * shape.head_dim),
+    }
+
+
+def attend_terms(shape: AttentionShape, work: Work) -> dict[str, float]:
+    """Terms of attention under a mask: the call, its rows, query blocks, kept entries and pairs."""
+    heads = shape.batch * shape.heads
+    bq, bk = work.block_size
+    return {
+        "call": 1.0,
+        "rows": float(heads * (shape.q_len + shape.kv_len) * shape.head_dim),
+        "blocks": float(heads * -(-shape.q_len // bq)),
+        "entries": float(heads * work.kept_blocks),
+        "pairs": float(heads * work.kept_blocks * bq * bk * shape.head_dim),
+    }
+
+
+def select_terms(shape: AttentionShape, work: Work) -> dict[str, float]:
+    """Terms of prediction and selection: the call, the projection, predicted scores, what is
+    chosen among, and what is kept."""
+    heads = shape.batch * shape.heads
+    bq, bk = work.block_size
+    return {
+        "call": 1.0,
+        "project": float(shape.batch * shape.q_len * shape.hidden_size * 2 * work.width)
+        * shape.heads,
+        "scores": float(heads * shape.allowed_pairs * work.width),
+        "pairs": float(heads * shape.allowed_pairs),
+        "candidates": heads * shape.allowed_pairs / (bq * bk),
+        "entries": float(heads * work.kept_blocks),
+    }
+
+
+def fitting(block_size: tuple[int, int], known: Mapping[str, object]) -> str:
+    """The largest known block that fits into `block_size`."""
+    sizes = {name: _block(name) for name in known}
+    fit = [name for name, (q, k) in sizes.items() if q <= block_size[0] and k <= block_size[1]]
+    if not fit:
+        raise ValueError(f"no block of {', '.join(known)} fits into {block_size}")
+    return max(fit, key=lambda name: math.prod(sizes[name]))
+
+
+# ---------------------------------------------------------------------------- tables
+
+
+def user_file() -> Path:
+    """Where `sparseloom bench --calibrate` keeps its tables: $SPARSELOOM_CALIBRATION, else
+    calibration.json in $XDG_CACHE_HOME/sparseloom (~/.cache/sparseloom)."""
+    named = os.environ.get("SPARSELOOM_CALIBRATION")
+    if named:
+        return Path(named)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "sparseloom" / "calibration.json"
+
+
+def save_table(table: CostTable, path: Path | None = None) -> Path:
+    """Put a table among the user's, in place of an older one of the same machine and threads."""
+    path = user_file() if path is None else path
+    same = (table.cpu, table.tier, table.threads)
+    others = [t for t in _tables(path) if (t.cpu, t.tier, t.threads) != same]
+    write_tables(path, [*others, table])
+    return path
+
+
+def write_tables(path: Path, tables: Sequence[CostTable]) -> None:
+    """Write tables as one file, whole or not at all."""
+    text = CostFile(tables=list(tables)).model_dump_json(by_alias=True, indent=1) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _tables(path: Path) -> tuple[CostTable, ...]:
+    try:
+        stamp = path.stat().st_mtime_ns
+    except OSError:
+        return ()
+    return _read(path, stamp)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: Path, stamp: int) -> tuple[CostTable, ...]:
+    del stamp  # another content is another entry
+    return _parse(path.read_text("utf-8"), str(path))
+
+
+@functools.cache
+def _shipped() -> tuple[CostTable, ...]:
+    file = resources.files("sparseloom.methods").joinpath("costs.json")
+    return _parse(file.read_text("utf-8"), "costs.json of the package")
+
+
+def _parse(text: str, where: str) -> tuple[CostTable, ...]:
+    try:
+        return tuple(CostFile.model_validate(json.loads(text)).tables)
+    except (ValidationError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{where} holds no cost tables ({reason}): remove it, or make it anew with "
+            "`sparseloom bench --calibrate`"
+        ) from None
+
+
+@functools.cache
+def _cpu() -> str:
+    return machine_facts().cpu
+
+
+def _dot(coefficients: Terms, terms: Terms) -> float:
+    return sum(factor * terms[name] for name, factor in coefficients.items())
+
+
+def _block(name: str) -> tuple[int, int]:
+    rows, _, columns = name.partition("x")
+    return int(rows), int(columns)
+
+
+def _needs_grad(inputs: AttentionInputs) -> bool:
+    tensors = (inputs.query, inputs.key, inputs.value)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _dtype_of(inputs: AttentionInputs) -> str | None:
+    dtype = inputs.query.dtype
+    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
+    return DTYPES.get(dtype)
