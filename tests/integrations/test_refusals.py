@@ -191,4 +191,4 @@ def test_methods_and_backends(zoo: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match="unknown backend 'flax'; did you mean 'flex'"):
         sparsify(model, SPARSE, backend="flax")
     with pytest.raises(ValueError, match="unknown when 'allways'; did you mean 'always'"):
-        sparsify(model, SPARSE, when="allways")  # type: ignore[arg-type]
+        sparsify(model, SPARSE, when="allways")

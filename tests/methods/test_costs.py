@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +161,10 @@ def test_what_the_backend_cannot_do_runs_dense(use: Any) -> None:
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("SPARSELOOM_CALIBRATION", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    yield tmp_path / "sparseloom" / "calibration.json"
+    return tmp_path / "sparseloom" / "calibration.json"
 
 
 def test_tables_are_kept_and_replaced(home: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,7 +36,7 @@ _UNSUPPORTED = {
 }
 
 
-When: TypeAlias = Literal["auto", "always"]
+WHEN = ("auto", "always")
 """When a method selects: where the cost rule says so, or wherever it leaves anything out."""
 
 
@@ -63,7 +63,7 @@ class Session:
     backend: str
     observer: Observer | None
     diagnose: bool
-    when: When = "auto"
+    when: str = "auto"
     counts: dict[int, LayerCounts] = field(default_factory=dict)
     read_padding: PaddingReader = field(default_factory=PaddingReader)
 

@@ -19,10 +19,10 @@ from sparseloom.errors import unknown_name
 from sparseloom.integrations import _compat, padding
 from sparseloom.integrations.call import (
     SITES,
+    WHEN,
     Observer,
     Session,
     Site,
-    When,
     attention_function,
     capture,
 )
@@ -42,7 +42,7 @@ def sparsify(
     method: Method | Sequence[Method],
     *,
     backend: str = "auto",
-    when: When = "auto",
+    when: str = "auto",
     observer: Observer | None = None,
     diagnose: bool = False,
 ) -> Sparsified:
@@ -66,10 +66,10 @@ def sparsify(
         method: what chooses the pairs.  A list may hold one method for now.
         backend: kernel of the sparse calls, as in `sparseloom.attention`.
         when: when to select.  `"auto"` follows the cost rule (`sparseloom.methods.costs`): calls
-            that selecting would make slower on this machine run dense, and `stats()` says so;
-            a `backend` that is named, gradients and `diagnose` always select.  `"always"` selects in every
-            call in which anything is left out (`Selector.worthwhile`), whatever it costs: what
-            quality is measured with, because it does not depend on the machine.
+            that selecting would make slower on this machine run dense, and `stats()` says so.  A
+            `backend` that is named, gradients and `diagnose` always select.  `"always"` selects
+            in every call in which anything is left out (`Selector.worthwhile`), whatever it
+            costs: what quality is measured with, because it does not depend on the machine.
         observer: called after every attention call.
         diagnose: also measure each choice against the exact top-k of the same size (slow).
 
@@ -86,8 +86,8 @@ def sparsify(
     config_of(model)
     if backend not in (names := ("auto", "dense", *BACKENDS)):
         raise unknown_name("backend", backend, names)
-    if when not in ("auto", "always"):
-        raise unknown_name("when", when, ("auto", "always"))
+    if when not in WHEN:
+        raise unknown_name("when", when, WHEN)
     session = Session(_one_method(method), backend, observer, diagnose, when)
     return Sparsified(model, session)
 
