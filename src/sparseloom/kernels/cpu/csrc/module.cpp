@@ -9,6 +9,7 @@ namespace sparseloom {
 void bind_attention(nb::module_& m);
 void bind_peaks(nb::module_& m);
 void bind_facts(nb::module_& m);
+void bind_dense(nb::module_& m);
 }  // namespace sparseloom
 
 NB_MODULE(_native, m) {
@@ -19,4 +20,5 @@ NB_MODULE(_native, m) {
   bind_attention(m);
   bind_peaks(m);
   bind_facts(m);
+  bind_dense(m);
 }

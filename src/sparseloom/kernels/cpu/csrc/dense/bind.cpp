@@ -1,0 +1,40 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+
+#include "dense/dense.hpp"
+
+namespace nb = nanobind;
+
+namespace sparseloom {
+namespace {
+
+// Address, and the strides of batch, head and row.
+using PyView = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+DenseView view(const PyView& v) {
+  return {reinterpret_cast<const void*>(std::get<0>(v)), std::get<1>(v), std::get<2>(v),
+          std::get<3>(v)};
+}
+
+template <class T>
+T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+}  // namespace
+
+void bind_dense(nb::module_& m) {
+  m.def("dense_forward",
+        [](int type, PyView query, PyView key, PyView value, uintptr_t out, int64_t batch,
+           int64_t heads, int64_t kv_heads, int64_t q_len, int64_t kv_len, int64_t head_dim,
+           int64_t value_dim, uintptr_t key_padding, bool causal, float scale, uintptr_t lse,
+           uintptr_t columns, uintptr_t magnitude, int threads) {
+          const DenseArgs args{view(query), view(key), view(value), pointer<void>(out),
+                               pointer<float>(lse), pointer<float>(columns),
+                               pointer<float>(magnitude), pointer<const uint8_t>(key_padding),
+                               batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim, scale,
+                               causal};
+          const nb::gil_scoped_release release;
+          dense_forward(args, static_cast<DenseType>(type), threads);
+        });
+}
+
+}  // namespace sparseloom
