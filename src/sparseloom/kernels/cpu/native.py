@@ -83,13 +83,24 @@ def _found() -> ModuleType | str:
     except ModuleNotFoundError as error:
         if error.name != _NAME:
             raise
-        return "it was not built when sparseloom was installed"
+        return _told_by_the_build()
     except (ImportError, OSError) as error:
         return f"it does not load ({error})"
     wanted = os.environ.get(_TIER)
     if wanted:
         loaded.set_active_tier(_rank(_TIER, wanted, loaded))
     return loaded
+
+
+def _told_by_the_build() -> str:
+    """The sentence that the build leaves in place of the library."""
+    here = Path(__file__).parent
+    note = here / "_missing.txt"
+    if note.is_file():
+        return note.read_text("utf-8").strip()
+    if (here / "csrc").is_dir():
+        return "it is not built in this source tree, or did not compile (`make build` shows which)"
+    return "it was not built when sparseloom was installed"
 
 
 def _load(path: Path) -> ModuleType:
