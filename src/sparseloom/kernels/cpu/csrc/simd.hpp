@@ -127,6 +127,12 @@ SL_INLINE void store_n(Fp16* p, F a, int n) {
   _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 SL_INLINE F scale_by_power(F a, F n, F) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// a * *p + c, the number broadcast by the load itself: a separate broadcast takes the place of an
+// FMA on Sapphire Rapids, and compilers split it off where the number is used twice.
+SL_INLINE F fma_repeat(F a, const float* p, F c) {
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c.v) : "v"(a.v), "m"(*p));
+  return c;
+}
 SL_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 #elif SL_AVX2
@@ -262,6 +268,10 @@ SL_INLINE void store_n(Half* p, F a, int n) {
   store(wide, a);
   for (int i = 0; i < n; ++i) from_float(wide[i], p[i]);
 }
+#endif
+
+#if !SL_AVX512
+SL_INLINE F fma_repeat(F a, const float* p, F c) { return fma(a, set1(*p), c); }
 #endif
 
 // 2^x for x <= 126, to a relative 2e-7; exactly 0 for x < -126 (and for -inf).

@@ -8,14 +8,11 @@
 namespace sparseloom::SL_TIER {
 namespace {
 
-constexpr int KEY_CHUNK = 64;  // keys packed at once: 16 KiB at 64 dims
+constexpr int KEY_CHUNK = 64;  // keys gathered at once: 16 KiB at 64 dims
 static_assert(KEY_CHUNK % KEY_TILE == 0);
 
 SL_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 SL_INLINE int smaller(int a, int b) { return a < b ? a : b; }
-
-// Packed rows lie one of three distances apart, so that displacements are constants.
-SL_INLINE int row_stride(int dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
 
 // Rows per tile: the least power of two that holds a query block, at most a vector.
 SL_INLINE int tile_rows(int bq) {
@@ -30,7 +27,7 @@ ForwardScratch scratch(const ForwardArgs& a) {
   ForwardScratch s;
   s.queries = GROUP_TILES * rows * dim;
   s.sums = GROUP_TILES * (rows * value_dim + 2 * W);
-  s.keys = KEY_CHUNK * int64_t{row_stride(a.head_dim)};
+  s.keys = KEY_CHUNK * dim;
   s.values = KEY_CHUNK * value_dim;
   s.scores = (int64_t{a.segment} + KEY_CHUNK) * rows;
   s.list = int64_t{a.segment} + KEY_CHUNK;
@@ -53,7 +50,7 @@ struct Tile {
 
 struct Work {
   const ForwardArgs& args;
-  int batch, head, kv_head, dim, value_dim, stride;
+  int batch, head, kv_head, dim, value_dim;
   float *keys, *values, *scores, *rows;
   int32_t* list;
 };
@@ -91,33 +88,24 @@ int segment_keys(Work& w, Tile& tile, int stop, const int32_t** out) {
   return n;
 }
 
+// Pointers to fp32 rows of n keys (or values), a multiple of W wide: in place if they are that, else
+// widened copies at `to`.
 template <class T>
-void pack_keys(const Work& w, const int32_t* keys, int n) {
-  const View& view = w.args.key;
-  const T* base = row_of<T>(view, w.batch, w.kv_head, 0);
-  const F one = set1(1.0f);
-  for (int k = 0; k < n; ++k)
-    widen_row(base + keys[k] * view.row, w.keys + k * w.stride, w.args.head_dim, w.dim, one);
-  for (int k = n; k < round_up(n, KEY_TILE); ++k)
-    for (int d = 0; d < w.dim; d += W) store(w.keys + k * w.stride + d, zero());
-}
-
-// Pointers to fp32 rows of the values: in place if they are that, else widened copies.
-template <class T>
-void value_rows(const Work& w, const int32_t* keys, int n, const float** rows) {
-  const View& view = w.args.value;
+void rows_of(const Work& w, const View& view, const int32_t* keys, int n, int dim, float* to,
+             const float** rows) {
   const T* base = row_of<T>(view, w.batch, w.kv_head, 0);
   if constexpr (sizeof(T) == 4) {
-    if (w.args.value_dim % W == 0) {
+    if (dim % W == 0) {
       for (int k = 0; k < n; ++k) rows[k] = base + keys[k] * view.row;
       return;
     }
   }
+  const int padded = static_cast<int>(round_up(dim, W));
   const F one = set1(1.0f);
   for (int k = 0; k < n; ++k) {
-    float* to = w.values + k * w.value_dim;
-    widen_row(base + keys[k] * view.row, to, w.args.value_dim, w.value_dim, one);
+    widen_row(base + keys[k] * view.row, to, dim, padded, one);
     rows[k] = to;
+    to += padded;
   }
 }
 
@@ -130,27 +118,20 @@ void prefetch_rows(const Work& w, const View& view, const int32_t* keys, int n, 
   }
 }
 
-template <int R>
-SL_INLINE void score_chunk(const Work& w, const float* queries, int n, float* out, F& highest) {
-  for (int k = 0; k < n; k += KEY_TILE) {
-    const float* keys = w.keys + k * w.stride;
-    if (w.stride == 64) score_tile<R, 64>(queries, keys, w.dim, out + k * R, highest);
-    else if (w.stride == 128) score_tile<R, 128>(queries, keys, w.dim, out + k * R, highest);
-    else score_tile<R, 256>(queries, keys, w.dim, out + k * R, highest);
-  }
-}
-
 // Scores (times log2 e) of a tile and n keys, -inf where causality forbids the pair and beyond n.
 template <class T, int R>
 F score_keys(const Work& w, const Tile& tile, const int32_t* keys, int n, float* out) {
   const ForwardArgs& a = w.args;
   const float lowest = -__builtin_inff();
   F highest = set1(lowest);
+  const float* rows[KEY_CHUNK];
   for (int k = 0; k < n; k += KEY_CHUNK) {
-    const int count = smaller(KEY_CHUNK, n - k);
+    const int count = smaller(KEY_CHUNK, n - k), full = int(round_up(count, KEY_TILE));
     prefetch_rows<T>(w, a.value, keys + k, count, a.value_dim);
-    pack_keys<T>(w, keys + k, count);
-    score_chunk<R>(w, tile.queries, count, out + k * R, highest);
+    rows_of<T>(w, a.key, keys + k, count, a.head_dim, w.keys, rows);
+    for (int i = count; i < full; ++i) rows[i] = rows[0];
+    for (int i = 0; i < full; i += KEY_TILE)
+      score_tile<R>(tile.queries, rows + i, w.dim, out + (k + i) * R, highest);
   }
   const int padded = static_cast<int>(round_up(n, KEY_TILE));
   bool changed = false;
@@ -227,7 +208,7 @@ void add_segment(Work& w, Tile& tile, const int32_t* keys, int n) {
   const float* rows[KEY_CHUNK];
   for (int k = 0; k < n; k += KEY_CHUNK) {
     const int count = smaller(KEY_CHUNK, n - k);
-    value_rows<T>(w, keys + k, count, rows);
+    rows_of<T>(w, w.args.value, keys + k, count, w.args.value_dim, w.values, rows);
     add_values<R>(w.scores + k * R, rows, count, w.value_dim, tile.sums, w.value_dim);
   }
 }
@@ -334,8 +315,7 @@ void run(const ForwardArgs& a, const ForwardItem& item, float* memory, Importanc
     return part;
   };
   Work w{a, item.batch, item.head, item.head / (a.heads / a.kv_heads),
-         static_cast<int>(round_up(a.head_dim, W)), static_cast<int>(round_up(a.value_dim, W)),
-         row_stride(a.head_dim), nullptr, nullptr, nullptr, nullptr, nullptr};
+         static_cast<int>(round_up(a.head_dim, W)), static_cast<int>(round_up(a.value_dim, W)), nullptr, nullptr, nullptr, nullptr, nullptr};
   float* queries = take(size.queries);
   float* sums = take(size.sums);
   w.keys = take(size.keys);

@@ -1,8 +1,10 @@
 // The two products of attention for a tile of R query rows and a list of gathered keys.
 //
-// Scores keep the rows in the lanes: a vector holds R rows times G = W / R neighbouring dims, and
-// each key adds fma(queries, repeat<G>(key + d)), a broadcast load and no shuffle. Adjacent lanes
-// are added at the end. Values keep the dims in the lanes and broadcast the probabilities.
+// Scores, by what the lanes hold:
+// - the rows, where they fill a vector: every key adds fma(queries, broadcast of the key's dim);
+// - else R rows times G = W / R neighbouring dims, against broadcasts of G dims, adjacent lanes added
+//   last (one row: dims only). No key is transposed.
+// Values keep the dims in the lanes and broadcast the probabilities.
 #pragma once
 
 #include "simd.hpp"
@@ -133,36 +135,32 @@ SL_INLINE void store_scores(F (&acc)[KEY_TILE], float* out, F& highest) {
   }
 }
 
-// Scores of R rows (from rows_to_lanes, `width` dims) and KEY_TILE keys that lie STRIDE apart.
-// `highest` collects the largest per lane.
-template <int R, int STRIDE>
-SL_INLINE void score_tile(const float* queries, const float* keys, int width, float* out,
+// Scores of R rows (from rows_to_lanes) and KEY_TILE keys, out[key * R + row]. `width`, the number
+// of dims, is a multiple of W. `highest` collects the largest per lane.
+template <int R>
+SL_INLINE void score_tile(const float* queries, const float* const* keys, int width, float* out,
                           F& highest) {
   constexpr int G = W / R;
-  F acc[KEY_TILE];
+  constexpr int MOST = SL_AVX512 ? 8 : 4;
+  constexpr int STEPS = R < MOST ? R : MOST;  // vectors of queries held, so that a row's address
+  F acc[KEY_TILE];                            // is loaded once for all of them
 #pragma GCC unroll 16
   for (int k = 0; k < KEY_TILE; ++k) acc[k] = zero();
-  for (int t = 0; t < width / G; ++t) {
-    const F q = load(queries + t * W);
+  for (int d = 0; d < width; d += STEPS * G) {
+    F q[STEPS];
+#pragma GCC unroll 8
+    for (int t = 0; t < STEPS; ++t) q[t] = load(queries + d * R + t * W);
 #pragma GCC unroll 16
-    for (int k = 0; k < KEY_TILE; ++k)
-      acc[k] = fma(q, repeat<G>(keys + k * STRIDE + t * G), acc[k]);
+    for (int k = 0; k < KEY_TILE; ++k) {
+      const float* key = *const_cast<const float* const volatile*>(keys + k) + d;
+#pragma GCC unroll 8
+      for (int t = 0; t < STEPS; ++t) {
+        if constexpr (G == 1) acc[k] = fma_repeat(q[t], key + t, acc[k]);
+        else acc[k] = fma(q[t], repeat<G>(key + t * G), acc[k]);
+      }
+    }
   }
   store_scores<R>(acc, out, highest);
-}
-
-// The same for one row against rows in place: `width` is a multiple of W.
-SL_INLINE void score_rows(const float* query, const float* const* keys, int width, float* out,
-                          F& highest) {
-  F acc[KEY_TILE];
-#pragma GCC unroll 16
-  for (int k = 0; k < KEY_TILE; ++k) acc[k] = zero();
-  for (int d = 0; d < width; d += W) {
-    const F q = load(query + d);
-#pragma GCC unroll 16
-    for (int k = 0; k < KEY_TILE; ++k) acc[k] = fma(q, load(keys[k] + d), acc[k]);
-  }
-  store_scores<1>(acc, out, highest);
 }
 
 // ---------------------------------------------------------------- values
@@ -184,9 +182,9 @@ SL_INLINE void value_block(const float* weights, const float* const* values, int
     for (int v = 0; v < NV; ++v) value[v] = load(row + v * W);
 #pragma GCC unroll 8
     for (int r = 0; r < RT; ++r) {
-      const F weight = set1(weights[k * R + r]);
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[r][v] = fma(weight, value[v], acc[r][v]);
+      for (int v = 0; v < NV; ++v)
+        acc[r][v] = fma_repeat(value[v], weights + k * R + r, acc[r][v]);
     }
   }
 #pragma GCC unroll 8
