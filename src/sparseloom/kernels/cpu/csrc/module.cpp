@@ -7,6 +7,7 @@ namespace nb = nanobind;
 namespace sparseloom {
 // One function per part, each in its folder's bind.cpp.
 void bind_attention(nb::module_& m);
+void bind_backward(nb::module_& m);
 void bind_peaks(nb::module_& m);
 void bind_facts(nb::module_& m);
 void bind_dense(nb::module_& m);
@@ -18,6 +19,7 @@ NB_MODULE(_native, m) {
   m.def("active_tier", [] { return static_cast<int>(active_tier()); });
   m.def("set_active_tier", [](int tier) { set_active_tier(static_cast<Tier>(tier)); });
   bind_attention(m);
+  bind_backward(m);
   bind_peaks(m);
   bind_facts(m);
   bind_dense(m);
