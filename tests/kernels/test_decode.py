@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparseloom.kernels import DecodeOutput, PlaneCache, attention, decode_attention
+from sparseloom.kernels.planes import pack_nibbles, unpack_nibbles
 from sparseloom.mask import SparseMask
 
 _decode: Any = inspect.unwrap(decode_attention)
@@ -135,6 +137,72 @@ def test_appending_keeps_the_scale_and_clips() -> None:
         per_token.append(k[:, :, 12:], v[:, :, 12:])
 
 
+def test_the_low_plane_takes_half_a_byte_per_number() -> None:
+    for dim in (1, 2, 7, 8):
+        numbers = torch.randint(0, 16, (2, 3, dim), dtype=torch.int8)
+        packed = pack_nibbles(numbers)
+        assert packed.shape == (2, 3, (dim + 1) // 2)
+        assert torch.equal(unpack_nibbles(packed, dim), numbers.to(torch.uint8))
+    _, k, v = _inputs(kv_len=20)
+    assert PlaneCache.from_tensors(k, v).key_lsb.dtype == torch.uint8
+    wide = PlaneCache.from_tensors(k, v, msb_bits=6, lsb_bits=8)
+    assert wide.key_lsb.dtype == torch.int16
+    assert torch.equal(wide.full_keys(wide.key_msb, wide.key_lsb), (k / wide.key_scale).round())
+
+
+def test_int8_cache_is_attention_to_what_it_stands_for() -> None:
+    q, k, v = _inputs(kv_len=20)
+    cache = PlaneCache.from_tensors(k, v, lsb_bits=0, int8_values=True)
+    assert cache.key_lsb is None
+    assert cache.key_msb.dtype == cache.value.dtype == torch.int8
+    key, value = cache.key_msb * cache.key_scale, cache.value * cache.value_scale
+    assert ((key - k).abs() <= cache.key_scale / 2 + 1e-12).all()
+    assert ((value - v).abs() <= cache.value_scale / 2 + 1e-12).all()
+    keep = torch.tensor([[[3, 19, -1, 0]]]).expand(2, 1, 4)
+    for options in ({}, {"keep": keep}, {"value_keep": 0.3}):
+        options = {"enable_gqa": True, **options}
+        got = decode_attention(q, cache, **options)
+        wanted = decode_attention(q, (key, value), **options)
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
+    with pytest.raises(ValueError, match="progressive must be None for a cache with one plane"):
+        decode_attention(q, cache, enable_gqa=True, progressive=0.1)
+    per_token = replace(cache, value_scale=torch.ones(2, 2, 20, 1))
+    with pytest.raises(ValueError, match="value_scale must be the same for all tokens"):
+        per_token.append(k, v)
+
+
+def test_appending_one_by_one_copies_now_and_then() -> None:
+    _, k, v = _inputs(kv_len=200)
+    cache = PlaneCache.from_tensors(k[:, :, :10], v[:, :, :10], int8_values=True)
+    whole = cache.append(k[:, :, 10:], v[:, :, 10:])
+    places = set()
+    for n in range(10, 200):
+        cache = cache.append(k[:, :, n : n + 1], v[:, :, n : n + 1])
+        places.add(cache.key_msb.data_ptr())
+        assert cache.length == n + 1
+    assert len(places) <= 5
+    for name in ("key_msb", "key_lsb", "value"):
+        assert torch.equal(getattr(cache, name), getattr(whole, name))
+
+
+def test_two_continuations_of_one_cache_do_not_meet() -> None:
+    _, k, v = _inputs(kv_len=20)
+    start = PlaneCache.from_tensors(k[:, :, :8], v[:, :, :8]).append(k[:, :, 8:9], v[:, :, 8:9])
+    one = start.append(k[:, :, 9:12], v[:, :, 9:12])
+    other = start.append(k[:, :, 12:15], v[:, :, 12:15])
+    assert torch.equal(one.value, v[:, :, :12])
+    assert torch.equal(other.value, torch.cat([v[:, :, :9], v[:, :, 12:15]], 2))
+    assert torch.equal(start.value, v[:, :, :9])
+    with torch.inference_mode():
+        inside = PlaneCache.from_tensors(k[:, :, :8], v[:, :, :8])
+        inside = inside.append(k[:, :, 8:9], v[:, :, 8:9])
+    assert torch.equal(inside.append(k[:, :, 9:10], v[:, :, 9:10]).value, v[:, :, :10])
+    v.requires_grad_()
+    start.append(k[:, :, 9:12], v[:, :, 9:12]).value.sum().backward()
+    assert v.grad is not None
+    assert v.grad.sum() == v[:, :, 9:12].numel()
+
+
 @_quick
 @given(
     threshold=st.sampled_from([0.0, 0.2, 0.4, 1.0]),
@@ -188,7 +256,11 @@ def test_softmax_error_is_at_most_half_the_score_error() -> None:
         ({"value_keep": 0.0}, ValueError, r"value_keep must be in \(0, 1\], got 0.0"),
         ({"progressive": 0.1}, ValueError, "progressive must be None for a cache of plain"),
         ({"progressive": 1.1}, ValueError, r"progressive must be in \[0, 1\], got 1.1"),
-        ({"backend": "flex"}, ValueError, r"unknown backend 'flex'.*\(there is: auto, reference"),
+        (
+            {"backend": "flex"},
+            ValueError,
+            r"unknown backend 'flex'.*\(there is: auto, cpu, reference",
+        ),
         ({"keep": torch.zeros(2, 1, 4)}, TypeError, "keep must hold integers, got torch.float32"),
         (
             {"keep": torch.zeros(2, 3, 4, dtype=torch.int64)},
@@ -226,13 +298,18 @@ def test_too_many_queries_and_bad_planes_are_named() -> None:
         PlaneCache.from_tensors(k, v, msb_bits=0)
     for changed, sentence in [
         ({"key_lsb": cache.key_lsb[:, :, 1:]}, "key_lsb must have shape"),
+        ({"key_lsb": None}, "key_lsb must be None for lsb_bits = 0 only, got lsb_bits = 4"),
+        ({"key_lsb": cache.key_lsb.char()}, r"key_lsb must be uint8 \(pack_nibbles\) for 4 bits"),
         ({"value": v[:, :1]}, "value must have shape"),
+        ({"value_scale": cache.key_scale}, "value must be int8 with value_scale and"),
     ]:
         fields = {
             "key_msb": cache.key_msb,
             "key_lsb": cache.key_lsb,
             "key_scale": cache.key_scale,
             "value": v,
+            "lsb_bits": 4,
+            "value_scale": None,
         }
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises((TypeError, ValueError), match=sentence):
             check(SimpleNamespace(**{**fields, **changed}))

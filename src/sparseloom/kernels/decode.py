@@ -1,4 +1,4 @@
-"""``decode_attention``: a few new queries against a cache, in reference form.
+"""``decode_attention``: a few new queries against a cache; here its reference form.
 
 What SpAtten (HPCA 2021) does to one decoding step, each part optional:
 
@@ -7,6 +7,8 @@ What SpAtten (HPCA 2021) does to one decoding step, each part optional:
   under a threshold, the row is flat, rounding errors are not damped by the softmax, and it is
   computed once more with the low bits (``progressive``, §III-D);
 - only the largest probabilities read their values (``value_keep``, §III-C).
+
+The C++ form is in ``kernels/cpu``.
 """
 
 from __future__ import annotations
@@ -21,9 +23,12 @@ from torch import Tensor
 from sparseloom.errors import unknown_name
 from sparseloom.kernels.api import check_inputs, check_key_padding
 from sparseloom.kernels.common import accumulation_dtype, fold_groups, unfold_groups
+from sparseloom.kernels.cpu import decode as cpu
+from sparseloom.kernels.cpu.decode import DecodeCall
 from sparseloom.kernels.planes import PlaneCache
 
 MAXIMUM_QUERIES = 16
+BACKENDS = ("auto", "cpu", "reference")
 
 
 class DecodeStats(NamedTuple):
@@ -65,20 +70,21 @@ def decode_attention(
 ) -> Float[Tensor, "batch heads q_len value_dim"] | DecodeOutput:
     """Attention of 1 to 16 new queries to a cache that already holds their keys and values.
 
-    A query that may attend to nothing gives 0. Works under ``torch.compile(fullgraph=True)``,
-    where the values of ``keep`` are not checked.
+    A query that may attend to nothing gives 0. Works under ``torch.compile(fullgraph=True)`` in
+    its reference form, where the values of ``keep`` are not checked.
 
     Args:
         query: (batch, heads, q_len, head_dim), the last ``q_len`` tokens.
-        cache: ``(key, value)``, or a ``PlaneCache`` with keys as bit planes.
+        cache: ``(key, value)`` in the dtype of the query, or a ``PlaneCache`` with quantised
+            keys, in one or two bit planes.
         keep: key positions to read, distinct, in any order, −1 = empty; (batch, keep_heads,
             kept) with keep_heads 1, kv_heads or heads. None reads all keys.
         value_keep: fraction in (0, 1] of the keys of each row whose values are read: the
             ⌊value_keep · n⌋ most probable of the n keys that it may attend to, at least one,
             ties to the key listed first. None reads the values of all.
         progressive: threshold in [0, 1] on the largest probability of a row (0.1 is typical);
-            rows under it are computed once more with the low bits. Needs a ``PlaneCache``. None
-            reads all bits at once.
+            rows under it are computed once more with the low bits. Needs a ``PlaneCache`` with
+            two planes. None reads all bits at once.
         renormalise: divide the probabilities left by ``value_keep`` by their sum. The paper
             mentions no such step, so it is off.
         is_causal: query i sees key j if j <= i + kv_len − q_len.
@@ -89,7 +95,8 @@ def decode_attention(
             (0 for keys not read), and Σ|out| per head.
         return_stats: also return how many keys and values each row read, and whether it
             fetched the low bits.
-        backend: "auto" or "reference".
+        backend: "cpu" (C++: no gradients, fp32, bf16 or fp16), "reference" (plain PyTorch), or
+            "auto", which takes "cpu" where it can.
 
     Returns:
         (batch, heads, q_len, value_dim) in the dtype of the inputs, or a ``DecodeOutput`` if
@@ -99,49 +106,87 @@ def decode_attention(
         TypeError: a dtype is wrong.
         ValueError: a shape or a value does not fit.
         IndexError: ``keep`` names a key that is not in the cache.
+        NotImplementedError: backend "cpu" cannot run this call, here or anywhere.
     """
-    if backend not in ("auto", "reference"):
-        raise unknown_name("backend", backend, ("auto", "reference"))
-    if isinstance(cache, PlaneCache):
-        # A view of one number stands for the keys where only their shape matters.
-        planes, key, value = cache, cache.key_stand_in(), cache.value
-    else:
-        planes, (key, value) = None, cache
+    if backend not in BACKENDS:
+        raise unknown_name("backend", backend, BACKENDS)
+    # Views of one number stand for the quantised tensors where only their shapes matter.
+    planes = cache if isinstance(cache, PlaneCache) else None
+    key, value = _stand_ins(query, cache) if isinstance(cache, PlaneCache) else cache
     query, key, value = check_inputs(query, key, value, enable_gqa=enable_gqa)
     _check_options(query, planes, value_keep, progressive)
     if key_padding is not None:
         check_key_padding(key_padding, key)
+    if keep is not None:
+        _check_keep(keep, query, key)
+    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+    call = DecodeCall(
+        query, key, value, planes, keep, value_keep, progressive, renormalise, is_causal,
+        key_padding, scale, return_importance, return_stats,
+    )  # fmt: skip
+    if backend != "reference":
+        refusal = cpu.refusal(call)
+        if refusal is None:
+            return _from_cpu(call)
+        if backend == "cpu":
+            raise NotImplementedError(f"backend 'cpu' cannot run this call: {refusal}")
+    return _reference(call)
+
+
+def _stand_ins(query: Tensor, planes: PlaneCache) -> tuple[Tensor, Tensor]:
+    """Views of one number with the dtype that autocast gives the query: nothing to cast."""
+    device, dtype = query.device.type, query.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return planes.stand_ins(dtype)
+
+
+def _from_cpu(call: DecodeCall) -> Tensor | DecodeOutput:
+    result = cpu.decode(call)
+    if isinstance(result, int):
+        assert call.keep is not None
+        raise _wrong_position(call.keep, result, call.kv_len)
+    if not (call.return_importance or call.return_stats):
+        return result.out
+    stats = None
+    if result.keys_read is not None:
+        assert result.values_read is not None
+        assert result.refetched is not None
+        stats = DecodeStats(result.keys_read, result.values_read, result.refetched)
+    return DecodeOutput(result.out, result.key_importance, result.head_importance, stats)
+
+
+def _reference(call: DecodeCall) -> Tensor | DecodeOutput:
+    query, key, planes, value_keep = call.query, call.key, call.planes, call.value_keep
     dtype = accumulation_dtype(query.dtype)
     heads, q_len = query.shape[1:3]
-    positions = None if keep is None else _positions(keep, query, key)
-    allowed = _allowed(positions, key, q_len, is_causal, key_padding)
-    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
-
+    positions = None if call.keep is None else _positions(call.keep, key)
+    allowed = _allowed(positions, key, q_len, call.is_causal, call.key_padding)
     with torch.autocast(query.device.type, enabled=False):
-        scaled = query.to(dtype) * scale
+        scaled = query.to(dtype) * call.scale
         if planes is None:
             probs = _probabilities(scaled, _gather(key, positions).to(dtype), allowed)
             refetched = probs.new_zeros(probs.shape[:3], dtype=torch.bool)
         else:
-            probs, refetched = _progressive(scaled, planes, positions, allowed, progressive)
+            probs, refetched = _progressive(scaled, planes, positions, allowed, call.progressive)
         weights = probs if value_keep is None else _prune(probs, allowed, value_keep)
-        if renormalise:
+        if call.renormalise:
             total = weights.sum(-1, keepdim=True)
             weights = weights / total.masked_fill(total == 0, 1)
-        values = _gather(value, positions).to(dtype)
+        values = _values(call, positions, dtype)
         out = unfold_groups(fold_groups(weights, values.shape[1]) @ values, heads)
 
-    if not (return_importance or return_stats):
+    if not (call.return_importance or call.return_stats):
         return out.to(query.dtype)
     stats = None
-    if return_stats:
+    if call.return_stats:
         count = _per_query_head(allowed, probs).sum(-1)
         read = count if value_keep is None else _value_budget(count, value_keep)
         stats = DecodeStats(count, read, refetched)
     return DecodeOutput(
         out.to(query.dtype),
-        _spread(probs.sum(2), positions, key.shape[2]) if return_importance else None,
-        out.abs().sum((-2, -1)) if return_importance else None,
+        _spread(probs.sum(2), positions, key.shape[2]) if call.return_importance else None,
+        out.abs().sum((-2, -1)) if call.return_importance else None,
         stats,
     )
 
@@ -164,27 +209,43 @@ def _check_options(
                 f"progressive must be None for a cache of plain tensors, got {progressive}: it "
                 "needs bit planes (PlaneCache.from_tensors)"
             )
+        if planes.lsb_bits == 0:
+            raise ValueError(
+                f"progressive must be None for a cache with one plane (lsb_bits = 0), "
+                f"got {progressive}"
+            )
 
 
-def _positions(keep: Tensor, query: Tensor, key: Tensor) -> Int64[Tensor, "batch read_heads kept"]:
-    """``keep`` checked, with as many heads as keys are gathered for: kv_heads or heads."""
-    (batch, heads), (kv_heads, kv_len) = query.shape[:2], key.shape[1:3]
+def _check_keep(keep: Tensor, query: Tensor, key: Tensor) -> None:
+    """Refuse lists of keys of a wrong type or shape."""
     if keep.dtype == torch.bool or keep.is_floating_point() or keep.is_complex():
         raise TypeError(f"keep must hold integers, got {keep.dtype}")
-    allowed = sorted({1, kv_heads, heads})
-    if keep.dim() != 3 or keep.shape[0] != batch or keep.shape[1] not in allowed:
+    (batch, heads), kv_heads = query.shape[:2], key.shape[1]
+    shape = keep.shape
+    if len(shape) != 3 or shape[0] != batch or shape[1] not in (1, kv_heads, heads):
         raise ValueError(
-            f"keep must have shape ({batch}, heads, kept) with heads in {allowed}, "
-            f"got {tuple(keep.shape)}"
+            f"keep must have shape ({batch}, heads, kept) with heads in "
+            f"{sorted({1, kv_heads, heads})}, got {tuple(shape)}"
         )
+
+
+def _wrong_position(keep: Tensor, place: int, kv_len: int) -> IndexError:
+    """The error for the entry number ``place`` of ``keep``."""
+    rest, n = divmod(place, keep.shape[2])
+    b, h = divmod(rest, keep.shape[1])
+    return IndexError(
+        f"keep must be in [0, {kv_len}) or -1, got {int(keep[b, h, n])} at batch {b}, "
+        f"head {h}, position {n}"
+    )
+
+
+def _positions(keep: Tensor, key: Tensor) -> Int64[Tensor, "batch read_heads kept"]:
+    """``keep`` checked, with as many heads as keys are gathered for: kv_heads or heads."""
+    kv_heads, kv_len = key.shape[1:3]
     if not torch.compiler.is_compiling():
         wrong = (keep < -1) | (keep >= kv_len)
         if bool(wrong.any()):
-            b, h, n = wrong.nonzero()[0].tolist()
-            raise IndexError(
-                f"keep must be in [0, {kv_len}) or -1, got {int(keep[b, h, n])} at batch {b}, "
-                f"head {h}, position {n}"
-            )
+            raise _wrong_position(keep, int(wrong.flatten().nonzero()[0]), kv_len)
     keep = keep.to(torch.int64)
     return keep.expand(-1, kv_heads, -1) if keep.shape[1] == 1 else keep
 
@@ -253,7 +314,8 @@ def _progressive(
         return probs, probs.new_zeros(probs.shape[:3], dtype=torch.bool)
     high = _scaled(planes.high_keys(msb), planes, positions, query.dtype)
     probs = _probabilities(query, high, allowed)
-    top = probs.amax(-1)
+    # Without any key there is no maximum, and the sum is 0 as well.
+    top = probs.amax(-1) if probs.shape[-1] else probs.sum(-1)
     flat = (top < threshold) & (top > 0)  # a row without keys has nothing to fetch
     if torch.compiler.is_compiling() or bool(flat.any()):
         full = _full_probabilities(query, planes, msb, positions, allowed)
@@ -265,19 +327,32 @@ def _full_probabilities(
     query: Tensor, planes: PlaneCache, msb: Tensor, positions: Tensor | None, allowed: Tensor | None
 ) -> Tensor:
     """Probabilities from both planes; ``msb`` has been gathered already."""
-    codes = planes.full_keys(msb, _gather(planes.key_lsb, positions))
+    lsb = None if planes.key_lsb is None else _gather(planes.key_lsb, positions)
+    codes = planes.full_keys(msb, lsb)
     return _probabilities(query, _scaled(codes, planes, positions, query.dtype), allowed)
 
 
 def _scaled(
     codes: Tensor, planes: PlaneCache, positions: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Gathered codes times their scale."""
-    scale = planes.key_scale.to(dtype)
-    if positions is not None:
-        full = scale.expand(*planes.key_msb.shape[:3], scale.shape[-1])
-        scale = _gather(full, positions)
-    return codes.to(dtype) * scale
+    """Gathered codes of keys times their scale."""
+    return codes.to(dtype) * _factors(planes.key_scale, planes.key_msb, positions).to(dtype)
+
+
+def _factors(scale: Tensor, like: Tensor, positions: Tensor | None) -> Tensor:
+    """A scale of (batch, kv_heads, kv_len, dim) for the gathered rows."""
+    if positions is None:
+        return scale
+    return _gather(scale.expand(*like.shape[:3], scale.shape[-1]), positions)
+
+
+def _values(call: DecodeCall, positions: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The gathered values."""
+    if call.planes is None:
+        return _gather(call.value, positions).to(dtype)
+    stored, scale = call.planes.value, call.planes.value_scale
+    values = _gather(stored, positions).to(dtype)
+    return values if scale is None else values * _factors(scale, stored, positions).to(dtype)
 
 
 def _value_budget(count: Tensor, value_keep: float) -> Tensor:

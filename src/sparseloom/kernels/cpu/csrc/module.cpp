@@ -9,6 +9,7 @@ namespace sparseloom {
 void bind_attention(nb::module_& m);
 void bind_backward(nb::module_& m);
 void bind_peaks(nb::module_& m);
+void bind_decode(nb::module_& m);
 void bind_facts(nb::module_& m);
 void bind_dense(nb::module_& m);
 }  // namespace sparseloom
@@ -21,6 +22,7 @@ NB_MODULE(_native, m) {
   bind_attention(m);
   bind_backward(m);
   bind_peaks(m);
+  bind_decode(m);
   bind_facts(m);
   bind_dense(m);
 }

@@ -1,0 +1,182 @@
+"""Decoding in C++: the call as it has been checked, what of it runs here, and running it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int, Int64
+from torch import Tensor
+
+from sparseloom.kernels.cpu import native
+from sparseloom.kernels.planes import PlaneCache
+
+# As `Element` in csrc/decode/decode.hpp.
+_ELEMENTS = {
+    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int16: 4,
+    torch.uint8: 5,
+}  # fmt: skip
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_NO_FACTORS = (0, 0, 0, 0, 0)
+_NO_TENSOR = (0, 0, 0, 0, 0)
+
+
+class DecodeCall(NamedTuple):
+    """One ``decode_attention`` call, checked but for the values of ``keep``.
+
+    Where ``planes`` is given, ``key`` and ``value`` only have the shapes of what it holds.
+    """
+
+    query: Float[Tensor, "batch heads q_len head_dim"]
+    key: Float[Tensor, "batch kv_heads kv_len head_dim"]
+    value: Float[Tensor, "batch kv_heads kv_len value_dim"]
+    planes: PlaneCache | None
+    keep: Int[Tensor, "batch keep_heads kept"] | None
+    value_keep: float | None
+    progressive: float | None
+    renormalise: bool
+    is_causal: bool
+    key_padding: Bool[Tensor, "batch kv_len"] | None
+    scale: float
+    return_importance: bool
+    return_stats: bool
+
+    @property
+    def kv_len(self) -> int:
+        """Number of keys in the cache."""
+        return self.key.shape[2]
+
+
+class DecodeResult(NamedTuple):
+    """What was asked for; the rest is None."""
+
+    out: Float[Tensor, "batch heads q_len value_dim"]
+    key_importance: Float[Tensor, "batch heads kv_len"] | None = None
+    head_importance: Float[Tensor, "batch heads"] | None = None
+    keys_read: Int64[Tensor, "batch heads q_len"] | None = None
+    values_read: Int64[Tensor, "batch heads q_len"] | None = None
+    refetched: Bool[Tensor, "batch heads q_len"] | None = None
+
+
+def refusal(call: DecodeCall) -> str | None:
+    """Why this call cannot run here (None: it can)."""
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot trace it"
+    if call.query.device.type != "cpu":
+        return f"the tensors are on {call.query.device}"
+    if call.query.dtype not in _FLOATS:
+        return f"it computes in fp32, not for {call.query.dtype}"
+    tensors = [call.query, call.key, call.value]
+    planes = call.planes
+    if planes is not None:
+        tensors = [call.query, planes.key_scale, planes.value]
+        if planes.value.dtype not in (*_FLOATS, torch.int8):
+            return f"values must be int8, fp32, bf16 or fp16, got {planes.value.dtype}"
+        if planes.key_msb.dtype not in (torch.int8, torch.int16):
+            return f"the high plane must be int8 or int16, got {planes.key_msb.dtype}"
+        if planes.key_lsb is not None:
+            if planes.key_lsb.dtype != torch.uint8:
+                return f"the low plane must have at most 4 bits, got {planes.lsb_bits}"
+            if planes.key_lsb.shape[3] * 2 != planes.key_msb.shape[3]:
+                return f"head_dim must be even with two planes, got {planes.key_msb.shape[3]}"
+        for name, scale in (("key_scale", planes.key_scale), ("value_scale", planes.value_scale)):
+            if scale is not None and scale.shape[2] != 1 != scale.shape[3]:
+                return f"{name} must not vary along the tokens and along the dimensions"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return "it has no gradients (torch.no_grad() turns them off)"
+    if call.kv_len >= 1 << 31:
+        return f"kv_len must be less than 2**31, got {call.kv_len}"
+    return native.missing_reason()
+
+
+def decode(call: DecodeCall) -> DecodeResult | int:
+    """Run a call that ``refusal`` does not refuse.
+
+    Returns:
+        The result, or the flat index of the first entry of ``keep`` that names no key.
+    """
+    query, planes, keep = call.query, call.planes, call.keep
+    (batch, heads, q_len, head_dim), (kv_heads, kv_len) = query.shape, call.key.shape[1:3]
+    value_dim = call.value.shape[3]
+    # Whatever `_cached` copies has to stay alive during the call.
+    query = _dense(query)
+    key_low, low_bits, fill = None, 0, 0
+    key_scale = value_scale = None
+    if planes is None:
+        key, value = _dense(call.key), _dense(call.value)
+    else:
+        key, value = _dense(planes.key_msb), _dense(planes.value)
+        key_low = None if planes.key_lsb is None else _dense(planes.key_lsb)
+        low_bits, fill = planes.lsb_bits, planes.fill
+        key_scale = planes.key_scale.float()
+        value_scale = None if planes.value_scale is None else planes.value_scale.float()
+    if keep is not None:
+        if keep.dtype not in (torch.int64, torch.int32):
+            keep = keep.to(torch.int64)
+        keep = keep.contiguous()
+    padding = None if call.key_padding is None else _dense(call.key_padding)
+
+    out = query.new_empty((batch, heads, q_len, value_dim))
+    key_importance = head_importance = keys_read = values_read = refetched = None
+    if call.return_importance:
+        key_importance = query.new_zeros((batch, heads, kv_len), dtype=torch.float32)
+        head_importance = query.new_empty((batch, heads), dtype=torch.float32)
+    if call.return_stats:
+        keys_read = query.new_empty((batch, heads, q_len), dtype=torch.int64)
+        values_read = torch.empty_like(keys_read)
+        refetched = torch.empty_like(keys_read, dtype=torch.bool)
+    wrong: int = native.library().decode(
+        (batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim),
+        _cached(query),
+        _cached(key),
+        _NO_TENSOR if key_low is None else _cached(key_low),
+        _cached(value),
+        _factors(key_scale),
+        _factors(value_scale),
+        (0, False, 0, 0)
+        if keep is None
+        else (keep.data_ptr(), keep.dtype == torch.int64, keep.shape[1], keep.shape[2]),
+        (0, 0) if padding is None else (padding.data_ptr(), padding.stride(0)),
+        (low_bits, fill),
+        call.scale,
+        -1.0 if call.value_keep is None else call.value_keep,
+        -1.0 if call.progressive is None else call.progressive,
+        call.renormalise,
+        call.is_causal,
+        tuple(
+            0 if tensor is None else tensor.data_ptr()
+            for tensor in (
+                out, key_importance, head_importance, keys_read, values_read, refetched
+            )
+        ),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if wrong >= 0:
+        return wrong
+    return DecodeResult(
+        out, key_importance, head_importance, keys_read, values_read, refetched
+    )  # fmt: skip
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy with a contiguous last dimension."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _cached(tensor: Tensor) -> tuple[int, int, int, int, int]:
+    """Address, element type, and the strides of batch, head and row in bytes."""
+    size = tensor.element_size()
+    batch, head, row, _ = tensor.stride()
+    return (
+        tensor.data_ptr(), _ELEMENTS[tensor.dtype], batch * size, head * size, row * size
+    )  # fmt: skip
+
+
+def _factors(scale: Tensor | None) -> tuple[int, int, int, int, int]:
+    """Address and element strides, 0 where one factor is shared."""
+    if scale is None:
+        return _NO_FACTORS
+    strides = [
+        stride if size > 1 else 0 for size, stride in zip(scale.shape, scale.stride(), strict=True)
+    ]
+    return scale.data_ptr(), strides[0], strides[1], strides[2], strides[3]
