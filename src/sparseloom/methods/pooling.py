@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Pooling = Literal["mass", "max"]
-POOLINGS: tuple[Pooling, ...] = ("mass", "max")
+Pooling = Literal["mass", "max", "mean"]
+POOLINGS: tuple[Pooling, ...] = ("mass", "max", "mean")
 
 
 def pool_scores(
@@ -21,7 +21,7 @@ def pool_scores(
 ) -> Float[Tensor, "batch heads q_blocks kv_blocks"]:
     """Score of each block of a selection that keeps or drops blocks as a whole.
 
-    Every row first comes to a scale of its own, because rows compete inside a block:
+    Rows compete inside a block, so the first two bring every row to a scale of its own:
 
     - `"mass"` (default): softmax of the row over its allowed keys; the block's score is the sum
       over its pairs.  The scores are in units of q·k·scale, so this is the attention probability
@@ -32,6 +32,8 @@ def pool_scores(
     - `"max"`: the row minus its maximum, over its standard deviation, both over its allowed keys;
       the block's score is the largest of its pairs.  A row with few clear favourites gets them
       even if the others want something else, and no exponential is needed.
+    - `"mean"`: the mean of the scores themselves, over the block's pairs.  The cheapest, since it
+      is one product of the block's mean query and mean key, and blind to what one row alone wants.
 
     Args:
         scores: rows start at a block edge; the last block of either axis may be cut off.
@@ -49,6 +51,10 @@ def pool_scores(
         if silent.any():
             share = share.masked_fill(silent, 0.0)
         return _blocks(share, block_size, 0.0).sum((-3, -1))
+    if pooling == "mean":
+        total = _blocks(scores.masked_fill_(~ranked, 0.0), block_size, 0.0).sum((-3, -1))
+        pairs = _blocks(ranked, block_size, False).sum((-3, -1))
+        return (total / pairs.clamp(min=1)).masked_fill(pairs == 0, -torch.inf)
     count = ranked.sum(-1, keepdim=True).clamp(min=1)
     mean = scores.masked_fill_(~ranked, 0.0).sum(-1, keepdim=True) / count
     centred = scores - mean

@@ -12,6 +12,7 @@ void bind_peaks(nb::module_& m);
 void bind_decode(nb::module_& m);
 void bind_facts(nb::module_& m);
 void bind_dense(nb::module_& m);
+void bind_predict(nb::module_& m);
 }  // namespace sparseloom
 
 NB_MODULE(_native, m) {
@@ -25,4 +26,5 @@ NB_MODULE(_native, m) {
   bind_decode(m);
   bind_facts(m);
   bind_dense(m);
+  bind_predict(m);
 }
