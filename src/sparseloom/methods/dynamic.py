@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sparseloom.kernels.cpu import predict
 from sparseloom.mask import SparseMask
 from sparseloom.methods.base import AttentionInputs, AttentionShape, Selector, Work
 from sparseloom.methods.coding import BITS, Coded
+from sparseloom.methods.compiled import encode_to_codes, threshold_of_codes, topk_of_codes
 from sparseloom.methods.pooling import POOLINGS, Pooling
 from sparseloom.methods.predictor import LayerPredictor, Predictor, PredictorKeys, predictor_width
 from sparseloom.methods.selection import (
@@ -115,21 +117,35 @@ class DynamicSparse(Selector):
             ValueError: no predictor, no hidden states, no thresholds where they are needed, or
                 keys in the cache of which the predictor knows nothing.
         """
-        return self.mask_from_scores(self.predicted_scores(inputs), inputs)
+        layer = self._layer(inputs)
+        q, keys = self._codes(layer, inputs)
+        if predict.unsupported(self.bits, layer.width, q.codes.device) is not None:
+            return self.mask_from_scores(layer.score_rows(q, keys), inputs)
+        if self.selection == "threshold":
+            return threshold_of_codes(
+                q,
+                keys,
+                self._thresholds(inputs.layer),
+                block_size=self.block_size,
+                is_causal=inputs.is_causal,
+                key_padding=inputs.key_padding,
+            )
+        return topk_of_codes(
+            q,
+            keys,
+            sparsity=self.sparsity,
+            minimum_keys=self.minimum_keys,
+            block_size=self.block_size,
+            is_causal=inputs.is_causal,
+            key_padding=inputs.key_padding,
+            query_padding=inputs.query_padding,
+            pooling=self.pooling,
+        )
 
     def predicted_scores(self, inputs: AttentionInputs) -> Scores:
         """S̃ of the call's queries against all keys, on demand; appends to `inputs.past`."""
-        layer, past = self._layer(inputs), _past(inputs)
-        with torch.no_grad():
-            q, k = self._encode(layer, inputs)
-            keys = k if past is None else past.append(k)
-        if keys.codes.shape[2] != inputs.key.shape[2]:
-            raise ValueError(
-                f"past must hold the predictor's keys of all earlier tokens: attention has "
-                f"{inputs.key.shape[2]} keys in layer {inputs.layer}, the predictor "
-                f"{keys.codes.shape[2]} (was the cache filled outside of sparsify?)"
-            )
-        return layer.score_rows(q, keys)
+        layer = self._layer(inputs)
+        return layer.score_rows(*self._codes(layer, inputs))
 
     def mask_from_scores(
         self, scores: Scores | Float[Tensor, "batch heads q_len kv_len"], inputs: AttentionInputs
@@ -221,16 +237,29 @@ class DynamicSparse(Selector):
             )
         return self.predictor.layers[inputs.layer]
 
-    def _encode(self, layer: LayerPredictor, inputs: AttentionInputs) -> tuple[Coded, Coded]:
-        if inputs.hidden_states is None:
-            raise ValueError("hidden_states are missing: DynamicSparse predicts from them")
+    @torch.no_grad()
+    def _codes(self, layer: LayerPredictor, inputs: AttentionInputs) -> tuple[Coded, Coded]:
+        """Codes of the call's queries and of all keys; appends to `inputs.past`."""
         past = _past(inputs)
-        return layer.encode(
-            inputs.hidden_states,
-            inputs.rotary,
-            inputs.query_padding,
-            None if past is None or self.bits == 32 else past.scale,
-        )
+        q, k = self._encode(layer, inputs)
+        keys = k if past is None else past.append(k)
+        if keys.codes.shape[2] != inputs.key.shape[2]:
+            raise ValueError(
+                f"past must hold the predictor's keys of all earlier tokens: attention has "
+                f"{inputs.key.shape[2]} keys in layer {inputs.layer}, the predictor "
+                f"{keys.codes.shape[2]} (was the cache filled outside of sparsify?)"
+            )
+        return q, keys
+
+    def _encode(self, layer: LayerPredictor, inputs: AttentionInputs) -> tuple[Coded, Coded]:
+        hidden, past = inputs.hidden_states, _past(inputs)
+        if hidden is None:
+            raise ValueError("hidden_states are missing: DynamicSparse predicts from them")
+        scale = None if past is None or self.bits == 32 else past.scale
+        coded = encode_to_codes(layer, hidden, inputs.rotary, scale)
+        if coded is not None:
+            return coded
+        return layer.encode(hidden, inputs.rotary, inputs.query_padding, scale)
 
     def _thresholds(self, layer: int) -> Tensor:
         if self.thresholds is None:

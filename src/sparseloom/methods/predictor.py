@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from sparseloom.kernels.cpu.predict import Weights
 from sparseloom.methods.coding import BITS, Coded, column_scale, fixed_scale, row_scale, to_codes
 from sparseloom.methods.predictor_keys import PredictorKeys
 from sparseloom.methods.scores import Scores
@@ -82,6 +83,7 @@ class LayerPredictor(nn.Module):
         self.register_buffer("key_scale", torch.ones(heads))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self._kept: tuple[tuple[object, ...], Coded] | None = None
+        self.packed: tuple[Coded, Weights] | None = None  # what `compiled.py` made of `_fused`
 
     # ------------------------------------------------------------------ use
 
@@ -236,6 +238,15 @@ class LayerPredictor(nn.Module):
         the fastest to the slowest, and rotates the share of its columns that the model does.
         """
         cos, sin = rotary
+        chosen = self.frequencies(cos)
+        pairs = len(chosen)
+        cos = cos[..., chosen].float().unsqueeze(1)  # (B or 1, 1, L, pairs)
+        sin = sin[..., chosen].float().unsqueeze(1)
+        first, second, rest = low.split([pairs, pairs, self.width - 2 * pairs], -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+    def frequencies(self, cos: Tensor) -> Tensor:
+        """Which of the model's frequencies turn the predictor's pairs of columns, in order."""
         frequencies = cos.shape[-1] // 2
         # All layouts agree at position 0; of the rest, one position tells them apart.
         if not torch.equal(cos[:, -1, :frequencies], cos[:, -1, frequencies:]):
@@ -244,14 +255,10 @@ class LayerPredictor(nn.Module):
                 "models that interleave them are not supported by a rotary predictor"
             )
         pairs = max(1, round(self.width / 2 * min(1.0, cos.shape[-1] / self.head_dim)))
-        chosen = torch.linspace(0, frequencies - 1, pairs, device=cos.device).round().long()
-        cos = cos[..., chosen].float().unsqueeze(1)  # (B or 1, 1, L, pairs)
-        sin = sin[..., chosen].float().unsqueeze(1)
-        first, second, rest = low.split([pairs, pairs, self.width - 2 * pairs], -1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+        return torch.linspace(0, frequencies - 1, pairs, device=cos.device).round().long()
 
     def _apply(self, fn: Any, recurse: bool = True) -> LayerPredictor:
-        self._kept = None  # weights move without counting it as a change
+        self._kept = self.packed = None  # weights move without counting it as a change
         return super()._apply(fn, recurse)
 
 

@@ -55,19 +55,20 @@ void pool_row(const SelectArgs& args, int32_t* scores, long n, float scale, floa
   else add_scaled(scores, n, scale, to);
 }
 
-// Scores of keys to scores of key blocks, in place: sums, or the largest.
-void pool_keys(const SelectArgs& args, const KeyMap& map, long blocks, float* x) {
+SL_INLINE long minimum(long a, long b) { return a < b ? a : b; }
+
+// The first n keys' scores to scores of key blocks: sums, or the largest.
+void pool_keys(const SelectArgs& args, const KeyMap& map, long n, long blocks, const float* x,
+               float* to) {
   for (long j = 0; j < blocks; ++j) {
-    const long last = (j + 1) * args.bk < args.kv_len ? (j + 1) * args.bk : args.kv_len;
-    const long from = attended_before(map, j * args.bk), upto = attended_before(map, last);
+    const long from = attended_before(map, j * args.bk);
+    const long upto = minimum(n, attended_before(map, minimum((j + 1) * args.bk, args.kv_len)));
     float all = nothing(args.pooling);
     for (long i = from; i < upto; ++i) all = args.pooling == Pooling::max ? (x[i] > all ? x[i] : all) : all + x[i];
     if (args.pooling == Pooling::mean && upto > from) all /= static_cast<float>(upto - from);
-    x[j] = all;
+    to[j] = all;
   }
 }
-
-SL_INLINE long minimum(long a, long b) { return a < b ? a : b; }
 
 // Marks what a block must keep and, where keys come in blocks, may not keep; x[] counts attended
 // keys where bk is 1, else all key blocks. Returns how many candidates there are.
@@ -157,7 +158,11 @@ void select_top(const SelectArgs& args, const Keys& keys, long b, long h, long f
       auto* to = reinterpret_cast<float*>(x);
       const bool any = pool_block(args, keys, b, h, block, n, scores, together, to, room);
       const long blocks = args.visible[b * args.visible_stride + block];
-      if (args.bk > 1) pool_keys(args, keys.map, blocks, to);
+      if (args.bk > 1) {
+        auto* wide = reinterpret_cast<float*>(room.candidates);
+        pool_keys(args, keys.map, n, blocks, to, wide);
+        memcpy(to, wide, static_cast<size_t>(blocks) * sizeof(float));
+      }
       const long candidates = args.bk > 1 ? blocks : n;
       if (!any)
         for (long j = 0; j < candidates; ++j) to[j] = nothing(args.pooling);
@@ -204,8 +209,9 @@ void flag_block(const SelectArgs& args, const Keys& keys, long b, long h, long b
     const long upto = minimum(attended_before(keys.map, minimum((j + 1) * args.bk, args.kv_len)), n);
     int32_t any = 0;
     for (long i = from; i < upto; ++i) any |= flags[i];
-    flags[j] = any;
+    room.candidates[j] = any;
   }
+  memcpy(flags, room.candidates, static_cast<size_t>(blocks) * sizeof(int32_t));
 }
 
 void select_above(const SelectArgs& args, const Keys& keys, long b, long h, long first, long last,
