@@ -26,7 +26,7 @@ from torch import Tensor
 from sparseloom.errors import unknown_name
 from sparseloom.kernels.common import AttentionCall, accumulation_dtype
 
-BACKENDS = ("flex", "reference")
+BACKENDS = ("cpu", "flex", "reference")
 
 
 def load(backend: str) -> ModuleType:
@@ -34,6 +34,8 @@ def load(backend: str) -> ModuleType:
     # Import statements rather than importlib, which torch.compile does not trace.
     if backend == "reference":
         from sparseloom.kernels import reference as module
+    elif backend == "cpu":
+        from sparseloom.kernels import cpu as module
     elif backend == "flex":
         from sparseloom.kernels import flex as module
     else:

@@ -32,7 +32,7 @@ void bind_attention(nb::module_& m) {
          int kv_heads, int q_len, int kv_len, int head_dim, int value_dim, uintptr_t indices,
          uintptr_t offsets, int mask_batch, int mask_heads, int bq, int bk, uintptr_t key_padding,
          bool causal, float scale, uintptr_t lse, uintptr_t key_importance,
-         uintptr_t head_importance, float dropout, uint32_t dropout_least, uint64_t seed,
+         uintptr_t head_importance, uint64_t seed, uint32_t threshold, float factor,
          int threads) {
         const ForwardArgs args{static_cast<Type>(type), view(query), view(key), view(value),
                                view(out), batch, heads, kv_heads, q_len, kv_len, head_dim,
@@ -40,7 +40,7 @@ void bind_attention(nb::module_& m) {
                                pointer<const int64_t>(offsets), mask_batch, mask_heads, bq, bk,
                                pointer<const uint8_t>(key_padding), causal, scale,
                                pointer<float>(lse), pointer<float>(key_importance),
-                               pointer<float>(head_importance), dropout, dropout_least, seed, 0};
+                               pointer<float>(head_importance), {seed, threshold, factor}, 0};
         const nb::gil_scoped_release release;
         attention_forward(args, threads);
       });

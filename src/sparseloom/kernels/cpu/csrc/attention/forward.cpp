@@ -2,7 +2,6 @@
 #include "attention/forward.hpp"
 
 #include <algorithm>
-#include <cstdlib>
 #include <atomic>
 #include <mutex>
 #include <vector>
@@ -14,14 +13,14 @@ namespace sparseloom {
 namespace {
 
 // K and V rows of one segment, in bytes: half of a common L2 cache.
-static const int64_t SEGMENT_BYTES = getenv("SEGB") ? atoll(getenv("SEGB")) : 1 << 20;
+constexpr int64_t SEGMENT_BYTES = 1 << 20;
 // A query block costs about as much as this many kept keys beside its keys.
 constexpr int64_t BLOCK_COST = 16;
 
 int choose_segment(const ForwardArgs& a) {
   const int64_t bytes = (a.head_dim + a.value_dim) * (a.type == Type::fp32 ? 4 : 2);
   // A head that needs a little more than that is not worth cutting.
-  if (a.kv_len * bytes <= SEGMENT_BYTES) return (a.kv_len + a.bk - 1) / a.bk * a.bk;
+  if (a.kv_len * bytes <= 2 * SEGMENT_BYTES) return (a.kv_len + a.bk - 1) / a.bk * a.bk;
   const int64_t keys = std::max<int64_t>(SEGMENT_BYTES / bytes, 256);
   return static_cast<int>((std::min<int64_t>(keys, a.kv_len) + a.bk - 1) / a.bk * a.bk);
 }

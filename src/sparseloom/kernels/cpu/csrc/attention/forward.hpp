@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "attention/dropout.hpp"
 #include "dispatch.hpp"
 
 namespace sparseloom {
@@ -29,15 +30,12 @@ struct ForwardArgs {
   float* lse;             // (batch, heads, q_len), or null
   float* key_importance;  // (batch, heads, kv_len), or null
   float* head_importance; // (batch, heads), or null
-  float dropout;          // share of probabilities dropped
-  uint32_t dropout_least; // 24-bit numbers below this are dropped
-  uint64_t seed;
+  Dropout dropout;        // threshold 0 drops nothing
   // Filled in by the driver.
   int segment;  // keys that stay in the cache together, a multiple of bk
 };
 
-// Rows first ... end - 1 of one head, at most GROUP_ROWS and within whole tiles of 16 rows or one
-// query block: the unit that one thread takes.
+// Some query blocks of one head: what one thread takes at a time.
 struct ForwardItem {
   int batch, head, first_block, end_block;
 };
@@ -46,7 +44,7 @@ constexpr int GROUP_TILES = 32;  // row tiles whose state is kept at once
 
 // Numbers that the scratch of one thread holds, in floats.
 struct ForwardScratch {
-  int64_t queries, sums, keys, values, scores, list, total;
+  int64_t queries, sums, keys, values, scores, list, factors, total;
 };
 
 // What one thread adds up for one head; flushed when the head changes.

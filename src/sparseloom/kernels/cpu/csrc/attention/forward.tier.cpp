@@ -31,8 +31,9 @@ ForwardScratch scratch(const ForwardArgs& a) {
   s.values = KEY_CHUNK * value_dim;
   s.scores = (int64_t{a.segment} + KEY_CHUNK) * rows;
   s.list = int64_t{a.segment} + KEY_CHUNK;
+  s.factors = a.dropout.threshold ? KEY_CHUNK * int64_t{rows} : 0;
   // Rows of queries before they are transposed, and 64 bytes between parts.
-  s.total = s.queries + s.sums + s.keys + s.values + s.scores + s.list + rows * dim + 16 * 8;
+  s.total = s.queries + s.sums + s.keys + s.values + s.scores + s.list + s.factors + rows * dim + 16 * 8;
   return s;
 }
 
@@ -51,7 +52,7 @@ struct Tile {
 struct Work {
   const ForwardArgs& args;
   int batch, head, kv_head, dim, value_dim;
-  float *keys, *values, *scores, *rows;
+  float *keys, *values, *scores, *factors, *rows;
   int32_t* list;
 };
 
@@ -165,6 +166,15 @@ SL_INLINE void fold_sum(F lanes, float* rows) {
   for (int i = R; i < W; ++i) rows[i % R] += all[i];
 }
 
+// Dropout of n keys' probabilities, which the sums of the rows do not see.
+template <int R>
+void drop(const Work& w, const Tile& tile, const int32_t* keys, int n, float* p) {
+  const ForwardArgs& a = w.args;
+  const uint64_t row = dropout_row(w.batch, w.head, a.heads, tile.row, a.q_len, a.kv_len);
+  dropout_tile<R>(a.dropout, row, a.kv_len, keys, n, w.factors);
+  for (int i = 0; i < n * R; ++i) p[i] *= w.factors[i];
+}
+
 // One segment for one tile: scores, probabilities relative to the running maximum, values.
 template <class T, int R>
 void add_segment(Work& w, Tile& tile, const int32_t* keys, int n) {
@@ -208,6 +218,7 @@ void add_segment(Work& w, Tile& tile, const int32_t* keys, int n) {
   const float* rows[KEY_CHUNK];
   for (int k = 0; k < n; k += KEY_CHUNK) {
     const int count = smaller(KEY_CHUNK, n - k);
+    if (w.args.dropout.threshold) drop<R>(w, tile, keys + k, count, w.scores + k * R);
     rows_of<T>(w, w.args.value, keys + k, count, w.args.value_dim, w.values, rows);
     add_values<R>(w.scores + k * R, rows, count, w.value_dim, tile.sums, w.value_dim);
   }
@@ -315,13 +326,14 @@ void run(const ForwardArgs& a, const ForwardItem& item, float* memory, Importanc
     return part;
   };
   Work w{a, item.batch, item.head, item.head / (a.heads / a.kv_heads),
-         static_cast<int>(round_up(a.head_dim, W)), static_cast<int>(round_up(a.value_dim, W)), nullptr, nullptr, nullptr, nullptr, nullptr};
+         static_cast<int>(round_up(a.head_dim, W)), static_cast<int>(round_up(a.value_dim, W)), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   float* queries = take(size.queries);
   float* sums = take(size.sums);
   w.keys = take(size.keys);
   w.values = take(size.values);
   w.scores = take(size.scores);
   w.list = reinterpret_cast<int32_t*>(take(size.list));
+  w.factors = take(size.factors);
   w.rows = take(int64_t{rows} * w.dim);
 
   const int blocks = (a.q_len + a.bq - 1) / a.bq;
