@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparseloom.cli import boundary
+from sparseloom.kernels.cpu import native
 from sparseloom.results import results, validate_results
 
 Run = Callable[..., tuple[int, str, str]]
@@ -95,11 +96,35 @@ def test_info_names_backends_and_reasons(run: Run) -> None:
     assert backends["reference"]["usable"] is True
     assert all(row["usable"] or row["note"] for row in backends.values())
     kinds = {row["record"] for row in rows}
-    assert kinds == {"backend", "method", "task", "model", "machine"}
+    assert kinds == {"library", "backend", "method", "task", "model", "machine"}
     code, out, _ = run("info")
     assert code == 0
     assert "torch" in out
     assert "dota_asplos_2022" in out
+
+
+def test_info_says_how_the_library_was_built_and_which_tier_runs(run: Run) -> None:
+    if native.missing_reason() is not None:
+        pytest.skip("the library is missing")
+    with native.use_tier("portable"):
+        row = rows_of(run("info", "--json")[1])[0]
+        text = run("info")[1]
+    assert row["record"] == "library"
+    assert row["usable"] is True
+    assert row["tier"] == "portable"
+    assert tuple(row["tiers"]) == native.available_tiers()
+    assert row["threads"] >= 1
+    assert row["compiler"].split()[0] in ("GCC", "Clang")
+    assert Path(row["path"]).is_file()
+    assert f"portable (of {', '.join(row['tiers'])})" in text
+    assert f"built with {row['compiler']}" in text
+
+
+def test_info_says_why_the_library_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "missing_reason", lambda: "there was no compiler")
+    row = rows_of(run("info", "--json")[1])[0]
+    assert (row["usable"], row["note"]) == (False, "there was no compiler")
+    assert "missing: there was no compiler\n" in run("info")[1]
 
 
 def test_compare_rows_are_valid_and_complete(run: Run, model: Path, tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ def info(as_json: Json = False) -> None:
     from sparseloom.results import results
     from sparseloom.tasks import task_names
 
-    rows: list[dict[str, Any]] = [
+    rows: list[dict[str, Any]] = [_library()]
+    rows += [
         {"record": "backend", "name": name, "usable": reason is None, "note": reason or ""}
         for name, reason in available_backends().items()
     ]
@@ -45,16 +46,43 @@ def info(as_json: Json = False) -> None:
         ("why not", value("note")),
     ]
     if not as_json:
-        _describe(found)
+        _describe(found, rows[0])
     emit(found, as_json=as_json, columns=columns)
 
 
-def _describe(found: ResultsFile) -> None:
+def _library() -> dict[str, Any]:
+    """The compiled library: which of its tiers runs and how it was built, or why it is missing."""
+    import torch
+
+    from sparseloom.kernels.cpu import native
+
+    row: dict[str, Any] = {"record": "library", "name": "C++", "usable": True, "note": ""}
+    reason = native.missing_reason()
+    if reason is not None:
+        return row | {"usable": False, "note": reason}
+    return row | {
+        "tier": native.active_tier(),
+        "tiers": list(native.available_tiers()),
+        "threads": torch.get_num_threads(),
+        "compiler": native.library().compiler,
+        "path": native.library().__file__,
+    }
+
+
+def _library_line(row: dict[str, Any]) -> str:
+    if not row["usable"]:
+        return f"missing: {row['note']}"
+    tiers = ", ".join(row["tiers"])
+    return f"{row['tier']} (of {tiers}), {row['threads']} threads, built with {row['compiler']}"
+
+
+def _describe(found: ResultsFile, library: dict[str, Any]) -> None:
     machine = found.machine
     facts = {
         "cpu": f"{machine.cpu}, {machine.threads} threads",
         "isa": " ".join(machine.isa),
         "gpu": machine.gpu or "none",
+        "C++ library": _library_line(library),
         **found.versions,
     }
     for key, fact in facts.items():
