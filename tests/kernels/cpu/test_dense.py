@@ -165,7 +165,9 @@ def test_rows_without_keys_give_zero(tier: str, dtype: torch.dtype) -> None:
     assert (got.lse[:, :, :25] == -torch.inf).all()
     assert (got.out[:, :, 25:] != 0).any(-1).all()
     assert (got.key_importance[:, :, :5] == 0).all()
-    torch.testing.assert_close(got.key_importance.sum(-1), torch.full((1, 2), 65.0))
+    torch.testing.assert_close(
+        got.key_importance.sum(-1), torch.full((1, 2), 65.0), rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
