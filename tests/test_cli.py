@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -185,22 +186,74 @@ def test_simulate_prints_a_table(run: Run, trace: Path) -> None:
     assert "closed form" in out
 
 
-def test_bench_rows(run: Run) -> None:
+SMALL_BENCH = ("bench", "--q-len", 64, "--heads", 2, "--head-dim", 16, "--repeats", 1)
+
+
+@pytest.fixture
+def quick_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparseloom.experiments import bench
+    from sparseloom.kernels.cpu.peaks import Peaks
+
+    found = Peaks("registers", "avx2", 1, 10.0, None, 40.0, 5.0, 50.0)
+    monkeypatch.setattr(bench, "measure_peaks", lambda: found)
+
+
+def test_bench_rows(run: Run, quick_peaks: None) -> None:
     code, out, _ = run(
-        "bench", "--q-len", 64, "--heads", 2, "--kv-heads", 1, "--head-dim", 16, "--repeats", 1,
-        "--block-size", "1x1", "--block-size", "8x1", "--backend", "reference", "--json",
+        *SMALL_BENCH, "--kv-heads", 1, "--block-size", "1x1", "--block-size", "8x1",
+        "--backend", "reference", "--json",
     )  # fmt: skip
     rows = rows_of(out)
     assert code == 0
     timed = [row for row in rows if row.get("op")]
     assert {(row["contender"], row["path"]) for row in timed} == {
-        ("sdpa", "given"),
+        ("sdpa float32", "given"),
         ("reference", "given"),
         ("dynamic", "whole"),
     }
     for row in timed:
         assert row["speedup"] == pytest.approx(row["baseline_ms"] / row["ms"])
         assert row["gflops"] > 0
+
+
+def test_bench_says_peaks_rule_and_reasons(run: Run, quick_peaks: None, tmp_path: Path) -> None:
+    code, out, err = run(
+        *SMALL_BENCH, "--block-size", "8x1", "--backend", "csr", "--backend", "reference",
+        "--out", "rows.csv", "--plot", "plots/page.html", "--dtype", "float32",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "peaks with 1 threads (in registers, avx2): 10 GFLOP/s fp32" in out
+    assert "cost rule: " in out
+    assert "no product that computes only the kept blocks" in out
+    with (tmp_path / "rows.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["contender"] for row in rows] == ["sdpa float32", "reference", "dynamic", "csr"]
+    assert rows[1]["block_size"] == "8x1"
+    page = (tmp_path / "plots" / "page.html").read_text("utf-8")
+    assert "Times as fast as dense SDPA" in page
+    assert "reference 8×1" in page
+
+
+def test_bench_of_prediction(run: Run, quick_peaks: None) -> None:
+    code, out, _ = run(*SMALL_BENCH[:1], "predict", *SMALL_BENCH[1:], "--json")
+    assert code == 0
+    timed = [row for row in rows_of(out) if row.get("op") == "predict"]
+    assert [row["path"] for row in timed] == ["given", "select"] * 3
+
+
+def test_bench_of_recorded_masks(run: Run, quick_peaks: None, trace: Path) -> None:
+    code, out, err = run(
+        "bench", "--mask", f"trace:{trace}", "--head-dim", 16, "--repeats", 1, "--json",
+        "--backend", "reference",
+    )  # fmt: skip
+    assert code == 0, err
+    given = [row for row in rows_of(out) if row.get("contender") == "reference"]
+    assert [row["mask"] for row in given] == [
+        "trace oracle:sparsity=0.5,minimum_keys=2",
+        "trace window:width=8",
+    ]
+    assert [row["q_len"] for row in given] == [64, 64]
+    assert given[1]["density"] < given[0]["density"]
 
 
 def test_adapt_saves_a_model_that_compare_takes(run: Run, model: Path) -> None:

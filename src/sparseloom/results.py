@@ -82,10 +82,13 @@ class CompareRow(_Row):
 
 
 class BenchRow(_Row):
-    """One timed operation. `path` is "given" (the mask is given) or "whole" (it is chosen too)."""
+    """One timed operation. `path` is "given" (the mask is given), "whole" (it is chosen within
+    the time) or "select" (choosing alone)."""
 
     op: str
-    path: Literal["given", "whole"]
+    path: Literal["given", "whole", "select"]
+    passes: Literal["forward", "forward+backward"] = "forward"
+    contender: str | None = None
     q_len: int
     kv_len: int
     heads: int
@@ -103,6 +106,7 @@ class BenchRow(_Row):
     gflops: Number | None = None
     gbytes_s: Number | None = None
     peak_fraction: Number | None = None
+    peak_bytes: int | None = None
     extra_bytes: int | None = None
 
 

@@ -27,3 +27,20 @@ def test_the_median_ignores_one_slow_round() -> None:
 def test_no_rounds_are_refused() -> None:
     with pytest.raises(ValueError, match="repeats must be 1 or more, got 0"):
         interleave({}, repeats=0)
+
+
+def test_slow_contenders_sit_out() -> None:
+    runs = {"slow": 0, "fast": 0}
+
+    def slow() -> None:
+        runs["slow"] += 1
+        time.sleep(0.02)
+
+    def fast() -> None:
+        runs["fast"] += 1
+
+    said: list[str] = []
+    found = interleave({"slow": slow, "fast": fast}, repeats=4, limit_s=0.01, progress=said.append)
+    assert runs == {"slow": 2, "fast": 5}
+    assert (found["slow"].repeats, found["fast"].repeats) == (1, 4)
+    assert said[:3] == ["slow, round 1 of 5", "fast, round 1 of 5", "slow, round 2 of 5"]

@@ -27,13 +27,13 @@ METHOD = DynamicSparse(sparsity=0.9, block_size=(8, 1), rotary=False, predictor=
 
 
 def table(**changes: Any) -> CostTable:
-    """One unit per dense pair and dimension, two per kept one, a tenth of one per candidate."""
+    """One unit per dense pair and dimension, two per kept one in 8×1 vectors, eight alone."""
     settings: dict[str, Any] = {
         "cpu": "x", "tier": "portable", "threads": 1, "date": "2026-01-01", "command": "c",
         "versions": {}, "unit_seconds": 1e-9,
         "dense": {"float32": {"pairs": 1.0}},
         "attend": {"float32": {"1x1": {"pairs": 8.0}, "8x1": {"pairs": 2.0}}},
-        "select": {"1x1": {"candidates": 6.4}, "8x1": {"candidates": 6.4}},
+        "select": {"1x1": {"pairs": 6.4}, "8x1": {"pairs": 0.8}},
     }  # fmt: skip
     return CostTable(**{**settings, **changes})
 

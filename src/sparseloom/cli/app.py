@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from sparseloom.cli.adapt import adapt
+from sparseloom.cli.bench import bench
 from sparseloom.cli.compare import compare, demo
 from sparseloom.cli.info import info, show_version
 from sparseloom.cli.machines import simulate, trace
-from sparseloom.cli.studies import bench, reproduce
+from sparseloom.cli.studies import reproduce
 
 app = typer.Typer(
     name="sparseloom",

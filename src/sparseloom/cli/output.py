@@ -26,14 +26,23 @@ def progress_console() -> Console:
 
 
 def emit(
-    results: ResultsFile, *, as_json: bool, columns: Sequence[Column], notes: Sequence[str] = ()
+    results: ResultsFile,
+    *,
+    as_json: bool,
+    columns: Sequence[Column],
+    notes: Sequence[str] = (),
+    only: Callable[[Row], bool] | None = None,
 ) -> None:
-    """Print the results: all of them as JSON, or the chosen columns and the notes as text."""
+    """Print the results: all of them as JSON, or the chosen columns and the notes as text.
+
+    `only` says which rows the table shows.
+    """
     text = results.to_json()
     if as_json:
         sys.stdout.write(text)
         return
-    print_table(json.loads(text)["rows"], columns)
+    rows: list[Row] = json.loads(text)["rows"]
+    print_table([row for row in rows if only is None or only(row)], columns)
     for note in notes:
         Console(soft_wrap=True, highlight=False).print(note, markup=False)
 

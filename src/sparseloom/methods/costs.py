@@ -12,6 +12,7 @@ Only the method layer uses the rule: a mask that is given is always computed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -21,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -151,7 +152,7 @@ def table_in_use() -> CostTable | None:
     return next((shipped[name] for name in reversed(known) if name in shipped), None)
 
 
-def crossover(
+def forecast(
     method: Selector, shape: AttentionShape, dtype: str, table: CostTable | None = None
 ) -> Expected | None:
     """What the rule expects of `method` in such a call; None where it has no say."""
@@ -160,6 +161,25 @@ def crossover(
     if table is None or work is None or dtype not in table.dense:
         return None
     return expected(table, shape, work, dtype)
+
+
+def crossover(method: Selector, shape: AttentionShape, dtype: str) -> float | None:
+    """The least sparsity, in steps of 0.01, from which on the rule lets `method` select.
+
+    None where it never does, or has no say.
+    """
+    least = None
+    for step in range(99, -1, -1):
+        found = forecast(_at(method, step / 100), shape, dtype)
+        if found is None or found.ratio > MARGIN:
+            break
+        least = step / 100
+    return least
+
+
+def _at(method: Selector, sparsity: float) -> Selector:
+    changes: dict[str, Any] = {"sparsity": sparsity}
+    return dataclasses.replace(method, **changes)  # pyright: ignore[reportArgumentType]
 
 
 # ---------------------------------------------------------------------------- terms
@@ -176,30 +196,25 @@ def dense_terms(shape: AttentionShape) -> dict[str, float]:
 
 
 def attend_terms(shape: AttentionShape, work: Work) -> dict[str, float]:
-    """Terms of attention under a mask: the call, its rows, query blocks, kept entries and pairs."""
+    """Terms of attention under a mask: the call, its rows, its kept pairs."""
     heads = shape.batch * shape.heads
     bq, bk = work.block_size
     return {
         "call": 1.0,
         "rows": float(heads * (shape.q_len + shape.kv_len) * shape.head_dim),
-        "blocks": float(heads * -(-shape.q_len // bq)),
-        "entries": float(heads * work.kept_blocks),
         "pairs": float(heads * work.kept_blocks * bq * bk * shape.head_dim),
     }
 
 
 def select_terms(shape: AttentionShape, work: Work) -> dict[str, float]:
-    """Terms of prediction and selection: the call, the projection, predicted scores, what is
-    chosen among, and what is kept."""
+    """Terms of prediction and selection: the call, the projection of the tokens, the predicted
+    scores, the pairs to choose among, the blocks that are kept."""
     heads = shape.batch * shape.heads
-    bq, bk = work.block_size
     return {
         "call": 1.0,
-        "project": float(shape.batch * shape.q_len * shape.hidden_size * 2 * work.width)
-        * shape.heads,
+        "project": float(shape.batch * shape.q_len * shape.hidden_size * shape.heads * work.width),
         "scores": float(heads * shape.allowed_pairs * work.width),
         "pairs": float(heads * shape.allowed_pairs),
-        "candidates": heads * shape.allowed_pairs / (bq * bk),
         "entries": float(heads * work.kept_blocks),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,61 @@ def accuracy_figure(rows: Sequence[Row], sparsity: float) -> go.Figure:
     figure.update_yaxes(range=[0, 1.02])
     figure.update_xaxes(dtick=1)
     return figure
+
+
+def bench_figure(rows: Sequence[Row], axis: str) -> go.Figure:
+    """How many times faster than SDPA fp32 each contender is against `axis` ("sparsity" or
+    "q_len"), one line per contender, block, mask, dtype and passes; SDPA itself as a rule."""
+    import plotly.graph_objects as go
+
+    titles = {"sparsity": "share dropped", "q_len": "queries"}
+    figure = _figure(titles[axis], "times as fast as SDPA fp32")
+    curves: dict[str, list[tuple[float, float, str]]] = {}
+    for row in rows:
+        if row.get("mask") is not None:
+            hover = f"{row['ms']:.2f} ms"
+            curves.setdefault(bench_curve(row, axis), []).append((row[axis], row["speedup"], hover))
+    for name, points in curves.items():
+        x, y, hover = zip(*sorted(points), strict=True)
+        figure.add_trace(go.Scatter(x=x, y=y, hovertext=hover, name=name, mode="lines+markers"))
+    figure.add_hline(y=1, line_dash="dot", line_color=COLOURS["dense"], annotation_text="SDPA fp32")
+    figure.update_yaxes(type="log", dtick="D2")
+    if axis == "sparsity":
+        figure.update_xaxes(tickformat=".0%")
+    else:
+        figure.update_xaxes(type="log", dtick=math.log10(2))
+    figure.update_layout(height=520)
+    return figure
+
+
+def peak_figure(rows: Sequence[Row]) -> go.Figure:
+    """Share of the measured arithmetic peak that each row reached, as bars."""
+    import plotly.graph_objects as go
+
+    figure = _figure("", "share of the measured peak")
+    timed = [row for row in rows if row.get("peak_fraction") is not None]
+    names = [f"{bench_curve(row, 'q_len')}, {row['q_len']}" for row in timed]
+    shares = [row["peak_fraction"] for row in timed]
+    figure.add_trace(go.Bar(x=names, y=shares, marker_color=COLOURS["dynamic"]))
+    figure.update_yaxes(tickformat=".0%")
+    figure.update_layout(height=560, margin={"b": 260})
+    return figure
+
+
+def bench_curve(row: Row, axis: str) -> str:
+    """What a row of the benchmark has in common with the others on its line."""
+    name = str(row["contender"])
+    if row.get("block_size"):
+        name += " {}×{}".format(*row["block_size"])
+    if axis != "sparsity" and row.get("sparsity"):
+        name += f" {row['sparsity']:.0%}"
+    else:
+        name += f" {row['q_len']}"
+    if row.get("mask") not in (None, "random"):
+        name += f" {row['mask']}"
+    if row["dtype"] not in ("float32", "int4") and row["dtype"] not in name:
+        name += f" {row['dtype']}"
+    return name + (" with gradients" if row.get("passes") == "forward+backward" else "")
 
 
 def mask_figure(

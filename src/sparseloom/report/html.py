@@ -37,12 +37,14 @@ def write_report(
     results: Mapping[str, Any],
     sections: Sequence[Section],
     notes: Sequence[str],
+    template: str = "report",
 ) -> None:
     """Render the report to `path`; the file appears whole or not at all.
 
     `results` is the machine-readable results (its rows become the table and its header the
     conditions), `summary` a few sentences computed from them, `notes` what a reader must know to
-    judge the figures.
+    judge the figures.  `template` says how rows become the table: "report" for comparisons, "bench"
+    for timed operations.
     """
     from jinja2 import Environment, PackageLoader
     from plotly.offline import get_plotlyjs
@@ -64,7 +66,7 @@ def write_report(
         }
         for section in sections
     ]
-    page = environment.get_template("report.html.j2").render(
+    page = environment.get_template(f"{template}.html.j2").render(
         title=title,
         summary=summary,
         results=results,
