@@ -2,7 +2,7 @@
 # With a C++ compiler they also build the C++ backend; in CI it has to build without a warning.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-oldest lint format bench docs minilm clean
+.PHONY: help demo build test test-oldest lint format bench bench-cpu docs minilm clean
 
 # PYTHON=/path/to/python chooses another interpreter for the environments.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -49,6 +49,9 @@ format: .venv/.stamp-dev ## Put style and format right where a tool can
 
 bench: .venv/.stamp-run ## Time attention against dense SDPA on this machine
 	$(BIN)/sparseloom bench attention $(BENCH)
+
+bench-cpu: .venv/.stamp-run ## Measure the CPU backend's table anew: results/cpu_kernels.json
+	$(BIN)/python benchmarks/cpu_kernels.py
 
 docs: .venv/.stamp-dev ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict --quiet

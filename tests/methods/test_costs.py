@@ -41,6 +41,7 @@ def table(**changes: Any) -> CostTable:
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Any:
     def choose(chosen: CostTable | None) -> None:
+        monkeypatch.setattr(costs.predict, "unsupported", lambda *_: None)
         monkeypatch.setattr(costs, "table_in_use", lambda: chosen)
 
     return choose
@@ -151,10 +152,37 @@ def test_what_the_backend_cannot_do_runs_dense(use: Any) -> None:
     assert not costs.pays(METHOD, inputs)
     use(table())
     assert costs.pays(METHOD, inputs)
+    few = {"query": inputs.query[:, :, :16], "hidden_states": torch.randn(1, 16, 512)}
+    assert not costs.pays(METHOD, dataclasses.replace(inputs, **few))  # as in decoding
     double = {name: getattr(inputs, name).double() for name in ("query", "key", "value")}
     assert not costs.pays(METHOD, dataclasses.replace(inputs, **double))
     with torch.autocast("cpu", dtype=torch.bfloat16):  # attention will run in bfloat16
         assert not costs.pays(METHOD, inputs)
+
+
+@torch.no_grad()
+def test_a_predictor_that_the_backend_does_not_take_runs_dense(
+    use: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(table())
+    asked: list[tuple[int, int]] = []
+
+    def refuse(bits: int, width: int, device: torch.device) -> str:
+        asked.append((bits, width))
+        return "not this one"
+
+    monkeypatch.setattr(costs.predict, "unsupported", refuse)
+    assert not costs.pays(METHOD, inputs_of(640))
+    assert asked == [(4, 16)]
+
+
+def test_the_least_sparsity_that_pays(use: Any) -> None:
+    use(table())
+    # 2 (1 - sparsity) + 0.0125 <= 1 where every row keeps ⌈(1 - sparsity) · 1024⌉ keys
+    assert costs.crossover(METHOD, SHAPE, "float32") == 0.51
+    assert costs.crossover(METHOD, SHAPE, "bfloat16") is None
+    use(table(select={"1x1": {"call": 1e12}}))
+    assert costs.crossover(METHOD, SHAPE, "float32") is None
 
 
 # ---------------------------------------------------------------------------- tables

@@ -28,6 +28,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparseloom.kernels import available_backends
+from sparseloom.kernels.cpu import predict
 from sparseloom.methods.base import AttentionInputs, AttentionShape, Selector, Work
 from sparseloom.results import machine_facts
 
@@ -35,6 +36,9 @@ SCHEMA = "sparseloom/costs/1"
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 MARGIN = 1.0
 """Selecting pays while its expected time is at most this multiple of the dense one."""
+
+MINIMUM_QUERIES = 17
+"""With fewer queries nothing was measured: `decode_attention` is made for them."""
 
 Terms = Mapping[str, float]
 
@@ -99,15 +103,19 @@ def pays(method: Selector, inputs: AttentionInputs) -> bool:
 
     - a method without `work`, another device than a CPU, or gradients: select (what is learned
       must not depend on the speed of a machine);
-    - no CPU backend, or a dtype that it does not take: run dense, because the reference computes
-      every score anyway.
+    - no CPU backend, or a dtype or predictor that it does not take: run dense, because the
+      reference computes every score anyway;
+    - at most 16 queries, as in decoding: run dense.  Looking through the keys of a cache costs
+      as much as reading them.
     """
     work = method.work(inputs.shape)
     if work is None or inputs.query.device.type != "cpu" or _needs_grad(inputs):
         return True
     table = table_in_use()
     dtype = _dtype_of(inputs)
-    if table is None or dtype not in table.dense:
+    if table is None or dtype not in table.dense or inputs.query.shape[2] < MINIMUM_QUERIES:
+        return False
+    if predict.unsupported(work.bits, work.width, inputs.query.device) is not None:
         return False
     return expected(table, inputs.shape, work, dtype).ratio <= MARGIN
 
