@@ -124,7 +124,11 @@ def fit(measured: Measured, **about: Any) -> costs.CostTable:
         block: _coefficients(points, lambda p: costs.select_terms(p.case.shape, p.work))
         for block, points in _by(measured.select, _block).items()
     }
-    unit = dense["float32"]["pairs"]
+    largest = max(
+        (point for point in measured.dense if point.case.dtype == "float32"),
+        key=lambda point: point.case.shape.allowed_pairs,
+    )
+    unit = largest.seconds / costs.dense_terms(largest.case.shape)["pairs"]
 
     def scaled(terms: Mapping[str, float]) -> dict[str, float]:
         return {name: factor / unit for name, factor in terms.items()}

@@ -48,7 +48,7 @@ class CostTable(BaseModel):
 
     Attributes:
         tier: instruction set of the CPU backend that they hold for.
-        unit_seconds: what one dense fp32 pair and dimension took there.
+        unit_seconds: what one dense fp32 pair and dimension took there, in the longest call.
         dense: by dtype.
         attend: attention under a mask, by dtype and block.
         select: prediction and selection, by block.
