@@ -86,6 +86,10 @@ struct TileKernels {
 SL_TABLE(TileKernels, decode_tiles)
 
 struct RowKernels {
+  // Moves the keys of a list that are to be read to the front of `list`, in order; entries of -1
+  // and padding are not. Returns how many, or sets *wrong to the first place of another number.
+  int64_t (*compact)(const void* keep, bool is_64, int64_t n, int64_t kv_len,
+                     const uint8_t* padding, int32_t* list, int64_t* wrong);
   // Brings the running maximum and sum of 2^(score - maximum) up to date.
   void (*accumulate)(const float* scores, int64_t n, float* maximum, float* sum);
   // weights = 2^(scores - maximum) * factor

@@ -45,10 +45,49 @@ void weigh(const float* scores, int64_t n, float maximum, float factor, float* w
 void finish(float* scores, const float* dots, int64_t n, bool add, float offset,
             const float* factors, int64_t stride, const int32_t* list, int64_t first) {
   for (int64_t i = 0; i < n; ++i) {
-    float x = dots[i] + offset;
-    if (factors) x *= factors[(list ? list[i] : first + i) * stride];
+    const float x = (dots[i] + offset) * (factors ? factors[(list ? list[i] : first + i) * stride] : 1);
     scores[i] = add ? scores[i] + x : x;
   }
+}
+
+// ---------------------------------------------------------------- lists of keys
+
+template <class Index>
+int64_t compact_list(const Index* keep, int64_t n, int64_t kv_len, const uint8_t* padding,
+                     int32_t* list, int64_t* wrong) {
+  int64_t count = 0, i = 0;
+#if SL_AVX512
+  // Entries of -1 to kv_len - 1 are 0 to kv_len after adding 1, and all others larger.
+  for (; !padding && i + 8 <= n; i += 8) {
+    __m512i key;
+    if constexpr (sizeof(Index) == 8) key = _mm512_loadu_si512(keep + i);
+    else key = _mm512_cvtepi32_epi64(_mm256_loadu_si256((const __m256i*)(keep + i)));
+    const __m512i next = _mm512_add_epi64(key, _mm512_set1_epi64(1));
+    if (_mm512_cmpgt_epu64_mask(next, _mm512_set1_epi64(kv_len))) break;
+    const __mmask8 in = _mm512_test_epi64_mask(next, next);
+    const int found = __builtin_popcount(in);
+    const __m512i packed = _mm512_maskz_compress_epi64(in, key);
+    _mm256_mask_storeu_epi32(list + count, static_cast<__mmask8>((1u << found) - 1),
+                             _mm512_cvtepi64_epi32(packed));
+    count += found;
+  }
+#endif
+  for (; i < n; ++i) {
+    const int64_t key = keep[i];
+    if (key < -1 || key >= kv_len) {
+      *wrong = i;
+      return 0;
+    }
+    list[count] = static_cast<int32_t>(key);
+    count += key >= 0 && (!padding || padding[key]);
+  }
+  return count;
+}
+
+int64_t compact(const void* keep, bool is_64, int64_t n, int64_t kv_len, const uint8_t* padding,
+                int32_t* list, int64_t* wrong) {
+  return is_64 ? compact_list(static_cast<const int64_t*>(keep), n, kv_len, padding, list, wrong)
+               : compact_list(static_cast<const int32_t*>(keep), n, kv_len, padding, list, wrong);
 }
 
 // ---------------------------------------------------------------- the largest scores
@@ -207,6 +246,6 @@ void narrow(Element element, const float* from, int64_t n, void* to) {
 
 }  // namespace
 
-extern const RowKernels decode_rows = {accumulate, weigh, finish, select, widen, narrow};
+extern const RowKernels decode_rows = {compact, accumulate, weigh, finish, select, widen, narrow};
 
 }  // namespace sparseloom::SL_TIER

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <new>
 
-namespace sparseloom {
+namespace sparseloom::decoding {
 
 template <class T>
 class Buffer {
@@ -32,4 +32,4 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-}  // namespace sparseloom
+}  // namespace sparseloom::decoding

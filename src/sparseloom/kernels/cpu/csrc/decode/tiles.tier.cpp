@@ -5,7 +5,9 @@
 namespace sparseloom::SL_TIER {
 namespace {
 
-constexpr int AHEAD = 24;  // listed rows between a prefetch and its use
+// What lies between a prefetch and its use: rows of a list, bytes of consecutive rows. The
+// prefetchers of the processor stop at the end of a page and do not follow lists.
+constexpr int LISTED_AHEAD = 96, BYTES_AHEAD = 8192;
 
 SL_INLINE const char* row_of(const Rows& rows, int64_t i) {
   return rows.data + (rows.list ? rows.list[i] : rows.first + i) * rows.stride;
@@ -13,7 +15,7 @@ SL_INLINE const char* row_of(const Rows& rows, int64_t i) {
 
 SL_INLINE void prefetch_row(const Rows& rows, int64_t i, int bytes) {
   if (i >= rows.ahead) return;
-  const char* row = rows.data + rows.list[i] * rows.stride;
+  const char* row = row_of(rows, i);
   for (int at = 0; at < bytes; at += 64) prefetch(row + at);
 }
 
@@ -49,14 +51,15 @@ void score(const ScoreTile& t, int row0) {
   const int span = t.dim / Key::parts, tail = span % W, whole = span - tail;
   const int64_t part = (span + 15) / 16 * 16;
   const int count = t.keys.count, row_bytes = Key::bytes(t.dim);
-  const bool fetch = t.keys.list && row0 == 0;
+  const bool fetch = row0 == 0;
+  const int ahead = t.keys.list ? LISTED_AHEAD : BYTES_AHEAD / row_bytes;
   const float* query[QUERIES];
   for (int r = 0; r < QUERIES; ++r) query[r] = t.query[row0 + r];
   for (int i = 0; i < count; i += KEYS) {
     const char* key[KEYS];
     for (int k = 0; k < KEYS; ++k) key[k] = row_of(t.keys, i + k < count ? i + k : count - 1);
     if (fetch)
-      for (int k = 0; k < KEYS; ++k) prefetch_row(t.keys, i + k + AHEAD, row_bytes);
+      for (int k = 0; k < KEYS; ++k) prefetch_row(t.keys, i + k + ahead, row_bytes);
     F acc[W];
 #pragma GCC unroll 16
     for (int j = 0; j < W; ++j) acc[j] = zero();
@@ -127,10 +130,11 @@ void slice(const ValueTile& t, int row0, int at, int tail) {
   const float* weight[ROWS];
   for (int r = 0; r < ROWS; ++r) weight[r] = t.weights[row0 + r];
   const int count = t.values.count, row_bytes = t.dim * static_cast<int>(sizeof(T));
-  const bool fetch = t.values.list && row0 == 0 && at == 0;
+  const bool fetch = row0 == 0 && at == 0;
+  const int ahead = t.values.list ? LISTED_AHEAD : BYTES_AHEAD / row_bytes;
   const auto add = [&](int i, F (&into)[ROWS][VECTORS]) {
     const char* row = row_of(t.values, i);
-    if (fetch) prefetch_row(t.values, i + AHEAD, row_bytes);
+    if (fetch) prefetch_row(t.values, i + ahead, row_bytes);
     F x[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) x[v] = get(row, v);
