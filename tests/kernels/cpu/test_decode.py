@@ -89,12 +89,12 @@ KINDS = (
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_option_agrees_with_the_reference(kind: str, tier: str) -> None:
     draw = random.Random(kind)
-    for seed in range(10):
+    for seed in range(5):
         torch.manual_seed(seed)
         kv_heads = draw.choice([1, 2, 3])
         heads = kv_heads * draw.choice([1, 1, 2, 3, 5])
         q_len = draw.choice([1, 1, 2, 3, 7, 16])
-        kv_len = draw.choice([1, 5, 16, 33, 100, 300, 700])
+        kv_len = draw.choice([1, 5, 16, 33, 100, 300])
         dim, value_dim = draw.choice(
             [(64, 64), (8, 8), (16, 24), (80, 80), (96, 128), (128, 64), (40, 8), (256, 256)]
         )
