@@ -133,7 +133,6 @@ SL_INLINE F fma_repeat(F a, const float* p, F c) {
   asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c.v) : "v"(a.v), "m"(*p));
   return c;
 }
-SL_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 #elif SL_AVX2
 
@@ -202,7 +201,6 @@ SL_INLINE F scale_by_power(F a, F, F shifted) {
   const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(shifted.v), 23);
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), n))};
 }
-SL_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 #else
 
@@ -251,7 +249,6 @@ SL_INLINE void store(Half* p, F a) { for (int i = 0; i < W; ++i) from_float(a.v[
 SL_INLINE F scale_by_power(F a, F, F shifted) {
   return {(Lanes)((IntLanes)a.v + ((IntLanes)shifted.v << 23))};
 }
-SL_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #endif
 
@@ -270,6 +267,10 @@ SL_INLINE void store_n(Half* p, F a, int n) {
 }
 #endif
 
+// Towards the nearest cache, or the one behind it.
+SL_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+SL_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 #if !SL_AVX512
 SL_INLINE F fma_repeat(F a, const float* p, F c) { return fma(a, set1(*p), c); }
 #endif
@@ -278,7 +279,7 @@ SL_INLINE F fma_repeat(F a, const float* p, F c) { return fma(a, set1(*p), c); }
 SL_INLINE F exp2(F x) {
   const F magic = set1(12582912.0f);  // 1.5 * 2^23 rounds to integers when added
   const F low = set1(-126.0f);
-  const F clamped = max(x, low);
+  const F clamped = max(low, x);  // in this order NaN stays NaN
   const F shifted = clamped + magic, n = shifted - magic, f = clamped - n;
   F p = set1(1.32647e-3f);
   p = fma(p, f, set1(9.67151e-3f));

@@ -44,7 +44,7 @@ constexpr int GROUP_TILES = 32;  // row tiles whose state is kept at once
 
 // Numbers that the scratch of one thread holds, in floats.
 struct ForwardScratch {
-  int64_t queries, sums, keys, values, scores, list, factors, total;
+  int64_t queries, sums, keys, values, scores, list, weights, total;
 };
 
 // What one thread adds up for one head; flushed when the head changes.

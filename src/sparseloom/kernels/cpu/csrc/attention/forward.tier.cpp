@@ -2,17 +2,20 @@
 //
 // Keys are visited segment by segment, so that the gathered rows of all query blocks of the item
 // come from a cache; a running maximum and sum per row join the segments (online softmax).
-#include "attention/forward.hpp"
-#include "attention/microkernels.hpp"
+#include "attention/tiles.hpp"
+#include "attention/work.hpp"
 
 namespace sparseloom::SL_TIER {
 namespace {
 
-constexpr int KEY_CHUNK = 64;  // keys gathered at once: 16 KiB at 64 dims
-static_assert(KEY_CHUNK % KEY_TILE == 0);
+// Whether tiles of AMX do both products.
+template <class T, int R>
+constexpr bool by_tiles() {
+  return SL_AMX && sizeof(T) == 2 && !__is_same(T, Fp16) && (R == 8 || R == 16);
+}
 
-SL_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-SL_INLINE int smaller(int a, int b) { return a < b ? a : b; }
+// Dims are padded to whole vectors, or to the 32 of a tile.
+SL_INLINE int dim_step(Type type) { return SL_AMX && type == Type::bf16 ? 32 : W; }
 
 // Rows per tile: the least power of two that holds a query block, at most a vector.
 SL_INLINE int tile_rows(int bq) {
@@ -23,7 +26,8 @@ SL_INLINE int tile_rows(int bq) {
 
 ForwardScratch scratch(const ForwardArgs& a) {
   const int rows = tile_rows(a.bq);
-  const int64_t dim = round_up(a.head_dim, W), value_dim = round_up(a.value_dim, W);
+  const int step = dim_step(a.type);
+  const int64_t dim = round_up(a.head_dim, step), value_dim = round_up(a.value_dim, step);
   ForwardScratch s;
   s.queries = GROUP_TILES * rows * dim;
   s.sums = GROUP_TILES * (rows * value_dim + 2 * W);
@@ -31,30 +35,11 @@ ForwardScratch scratch(const ForwardArgs& a) {
   s.values = KEY_CHUNK * value_dim;
   s.scores = (int64_t{a.segment} + KEY_CHUNK) * rows;
   s.list = int64_t{a.segment} + KEY_CHUNK;
-  s.factors = a.dropout.threshold ? KEY_CHUNK * int64_t{rows} : 0;
+  s.weights = KEY_CHUNK * int64_t{rows};
   // Rows of queries before they are transposed, and 64 bytes between parts.
-  s.total = s.queries + s.sums + s.keys + s.values + s.scores + s.list + s.factors + rows * dim + 16 * 8;
+  s.total = s.queries + s.sums + s.keys + s.values + s.scores + s.list + s.weights + rows * dim + 16 * 8;
   return s;
 }
-
-template <class T>
-SL_INLINE const T* row_of(const View& view, int batch, int head, int64_t row) {
-  return static_cast<const T*>(view.data) + batch * view.batch + head * view.head + row * view.row;
-}
-
-struct Tile {
-  int row, rows;  // query rows row ... row + rows - 1 of the head
-  int block;
-  int64_t at, end;  // what is left of the block's list in `indices`
-  float *queries, *sums, *highest, *total;
-};
-
-struct Work {
-  const ForwardArgs& args;
-  int batch, head, kv_head, dim, value_dim;
-  float *keys, *values, *scores, *factors, *rows;
-  int32_t* list;
-};
 
 // The keys of a tile below `stop`, in order, padding left out. Returns how many, and where.
 int segment_keys(Work& w, Tile& tile, int stop, const int32_t** out) {
@@ -101,7 +86,7 @@ void rows_of(const Work& w, const View& view, const int32_t* keys, int n, int di
       return;
     }
   }
-  const int padded = static_cast<int>(round_up(dim, W));
+  const int padded = static_cast<int>(round_up(dim, dim_step(w.args.type)));
   const F one = set1(1.0f);
   for (int k = 0; k < n; ++k) {
     widen_row(base + keys[k] * view.row, to, dim, padded, one);
@@ -110,13 +95,26 @@ void rows_of(const Work& w, const View& view, const int32_t* keys, int n, int di
   }
 }
 
-template <class T>
-void prefetch_rows(const Work& w, const View& view, const int32_t* keys, int n, int dim) {
+// Rows of K (near) or V (far: their turn comes after all scores) that are wanted soon.
+template <class T, bool FAR>
+SL_INLINE void prefetch_rows(const Work& w, const View& view, const int32_t* keys, int n, int dim) {
   const T* base = row_of<T>(view, w.batch, w.kv_head, 0);
+  const int64_t bytes = dim * int64_t{sizeof(T)};
   for (int k = 0; k < n; ++k) {
     const char* row = reinterpret_cast<const char*>(base + keys[k] * view.row);
-    for (int64_t byte = 0; byte < dim * int64_t{sizeof(T)}; byte += 64) prefetch(row + byte);
+    for (int64_t byte = 0; byte < bytes; byte += 64)
+      if constexpr (FAR) prefetch_far(row + byte); else prefetch(row + byte);
   }
+}
+
+// While keys k ... k + 15 are scored: their values, and the keys two steps on.
+template <class T>
+SL_INLINE void prefetch_step(const Work& w, const int32_t* keys, int k, int n) {
+  const int ahead = k + 2 * KEY_TILE;
+  if (ahead < n)
+    prefetch_rows<T, false>(w, w.args.key, keys + ahead, smaller(KEY_TILE, n - ahead),
+                            w.args.head_dim);
+  prefetch_rows<T, true>(w, w.args.value, keys + k, smaller(KEY_TILE, n - k), w.args.value_dim);
 }
 
 // Scores (times log2 e) of a tile and n keys, -inf where causality forbids the pair and beyond n.
@@ -126,13 +124,23 @@ F score_keys(const Work& w, const Tile& tile, const int32_t* keys, int n, float*
   const float lowest = -__builtin_inff();
   F highest = set1(lowest);
   const float* rows[KEY_CHUNK];
+#if SL_AMX
+  if constexpr (by_tiles<T, R>()) {
+    for (int k = 0; k < n; k += KEY_CHUNK) {
+      const int count = smaller(KEY_CHUNK, n - k);
+      for (int i = 0; i < count; i += KEY_TILE) prefetch_step<T>(w, keys, k + i, n);
+      score_tiles<R>(w, tile, keys + k, count, out + k * R, highest);
+    }
+  } else
+#endif
   for (int k = 0; k < n; k += KEY_CHUNK) {
     const int count = smaller(KEY_CHUNK, n - k), full = int(round_up(count, KEY_TILE));
-    prefetch_rows<T>(w, a.value, keys + k, count, a.value_dim);
     rows_of<T>(w, a.key, keys + k, count, a.head_dim, w.keys, rows);
     for (int i = count; i < full; ++i) rows[i] = rows[0];
-    for (int i = 0; i < full; i += KEY_TILE)
+    for (int i = 0; i < full; i += KEY_TILE) {
+      prefetch_step<T>(w, keys, k + i, n);
       score_tile<R>(tile.queries, rows + i, w.dim, out + (k + i) * R, highest);
+    }
   }
   const int padded = static_cast<int>(round_up(n, KEY_TILE));
   bool changed = false;
@@ -171,32 +179,28 @@ template <int R>
 void drop(const Work& w, const Tile& tile, const int32_t* keys, int n, float* p) {
   const ForwardArgs& a = w.args;
   const uint64_t row = dropout_row(w.batch, w.head, a.heads, tile.row, a.q_len, a.kv_len);
-  dropout_tile<R>(a.dropout, row, a.kv_len, keys, n, w.factors);
-  for (int i = 0; i < n * R; ++i) p[i] *= w.factors[i];
+  dropout_tile<R>(a.dropout, row, a.kv_len, keys, n, w.weights);
+  for (int i = 0; i < n * R; ++i) p[i] *= w.weights[i];
 }
 
 // One segment for one tile: scores, probabilities relative to the running maximum, values.
 template <class T, int R>
 void add_segment(Work& w, Tile& tile, const int32_t* keys, int n) {
   const F segment_highest = score_keys<T, R>(w, tile, keys, n, w.scores);
-  float highest[R], factor[R], sums[R];
+  float highest[W], sums[R];
   fold_largest<R>(segment_highest, highest);
   bool rescale = false;
+  for (int r = R; r < W; ++r) highest[r] = 0.0f;
   for (int r = 0; r < R; ++r) {
-    const float before = tile.highest[r];
-    if (highest[r] <= before) {
-      highest[r] = before;
-      factor[r] = 1.0f;
-    } else {
-      // Nothing was added while the maximum was -inf.
-      factor[r] = exp2(set1(before - highest[r])).v[0];
-      rescale = rescale || tile.total[r] > 0.0f;
-      tile.highest[r] = highest[r];
-    }
-    if (highest[r] == -__builtin_inff()) highest[r] = 0.0f;
+    if (!(highest[r] > tile.highest[r])) highest[r] = tile.highest[r];
+    // Nothing was added while the maximum was -inf.
+    rescale = rescale || (highest[r] > tile.highest[r] && tile.total[r] != 0.0f);
   }
   if (rescale) {
+    float factor[W];
+    store(factor, exp2(load(tile.highest) - load(highest)));
     for (int r = 0; r < R; ++r) {
+      if (tile.total[r] == 0.0f) continue;
       const F by = set1(factor[r]);
       for (int d = 0; d < w.value_dim; d += W) {
         float* at = tile.sums + r * w.value_dim + d;
@@ -204,6 +208,10 @@ void add_segment(Work& w, Tile& tile, const int32_t* keys, int n) {
       }
       tile.total[r] *= factor[r];
     }
+  }
+  for (int r = 0; r < R; ++r) {
+    tile.highest[r] = highest[r];
+    if (highest[r] == -__builtin_inff()) highest[r] = 0.0f;
   }
   const F base = repeat<R>(highest);
   const int padded = static_cast<int>(round_up(n, KEY_TILE));
@@ -219,6 +227,12 @@ void add_segment(Work& w, Tile& tile, const int32_t* keys, int n) {
   for (int k = 0; k < n; k += KEY_CHUNK) {
     const int count = smaller(KEY_CHUNK, n - k);
     if (w.args.dropout.threshold) drop<R>(w, tile, keys + k, count, w.scores + k * R);
+#if SL_AMX
+    if constexpr (by_tiles<T, R>()) {
+      add_value_tiles<R>(w, tile, keys + k, count, w.scores + k * R);
+      continue;
+    }
+#endif
     rows_of<T>(w, w.args.value, keys + k, count, w.args.value_dim, w.values, rows);
     add_values<R>(w.scores + k * R, rows, count, w.value_dim, tile.sums, w.value_dim);
   }
@@ -227,6 +241,9 @@ void add_segment(Work& w, Tile& tile, const int32_t* keys, int n) {
 template <class T, int R>
 void load_queries(Work& w, const Tile& tile) {
   const ForwardArgs& a = w.args;
+#if SL_AMX
+  if constexpr (by_tiles<T, R>()) return load_tile_queries<R>(w, tile);
+#endif
   const F factor = set1(a.scale * LOG2E);
   for (int r = 0; r < R; ++r) {
     float* to = w.rows + r * w.dim;
@@ -243,7 +260,7 @@ void store_rows(const Work& w, const Tile& tile, Importance* importance) {
   const ForwardArgs& a = w.args;
   for (int r = 0; r < tile.rows; ++r) {
     const float total = tile.total[r];
-    const F inverse = set1(total > 0.0f ? 1.0f / total : 0.0f);
+    const F inverse = set1(total == 0.0f ? 0.0f : 1.0f / total);
     T* to = const_cast<T*>(row_of<T>(a.out, w.batch, w.head, tile.row + r));
     const float* from = tile.sums + r * w.value_dim;
     F size = zero();
@@ -255,8 +272,8 @@ void store_rows(const Work& w, const Tile& tile, Importance* importance) {
     if (importance) importance->head += sum(size);
     if (a.lse) {
       const int64_t at = (int64_t{w.batch} * a.heads + w.head) * a.q_len + tile.row + r;
-      a.lse[at] = total > 0.0f ? (tile.highest[r] + __builtin_log2f(total)) * LN2
-                               : -__builtin_inff();
+      a.lse[at] = total == 0.0f ? -__builtin_inff()
+                                : (tile.highest[r] + __builtin_log2f(total)) * LN2;
     }
   }
 }
@@ -284,15 +301,28 @@ template <class T, int R>
 void run_tiles(Work& w, Tile* tiles, int count, Importance* importance) {
   const ForwardArgs& a = w.args;
   const int32_t* keys;
+#if SL_AMX
+  if constexpr (by_tiles<T, R>()) configure_tiles<R>();
+#endif
   for (int t = 0; t < count; ++t) load_queries<T, R>(w, tiles[t]);
   int64_t starts[GROUP_TILES];
   for (int t = 0; t < count; ++t) starts[t] = tiles[t].at;
   for (int64_t stop = a.segment; stop < int64_t{a.kv_len} + a.segment; stop += a.segment)
     for (int t = 0; t < count; ++t) {
       const int n = segment_keys(w, tiles[t], stop < a.kv_len ? int(stop) : a.kv_len, &keys);
+      if (t + 1 < count && a.bk == 1) {  // the first keys of the next tile
+        const Tile& next = tiles[t + 1];
+        const int some = smaller(2 * KEY_TILE, static_cast<int>(next.end - next.at));
+        prefetch_rows<T, true>(w, a.key, a.indices + next.at, some, a.head_dim);
+      }
       if (n) add_segment<T, R>(w, tiles[t], keys, n);
     }
-  for (int t = 0; t < count; ++t) store_rows<T, R>(w, tiles[t], importance);
+  for (int t = 0; t < count; ++t) {
+#if SL_AMX
+    if constexpr (by_tiles<T, R>()) in_order<R>(w, tiles[t]);
+#endif
+    store_rows<T, R>(w, tiles[t], importance);
+  }
   if (!a.key_importance) return;
   for (int t = 0; t < count; ++t) tiles[t].at = starts[t];
   for (int64_t stop = a.segment; stop < int64_t{a.kv_len} + a.segment; stop += a.segment)
@@ -326,14 +356,15 @@ void run(const ForwardArgs& a, const ForwardItem& item, float* memory, Importanc
     return part;
   };
   Work w{a, item.batch, item.head, item.head / (a.heads / a.kv_heads),
-         static_cast<int>(round_up(a.head_dim, W)), static_cast<int>(round_up(a.value_dim, W)), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+         static_cast<int>(round_up(a.head_dim, dim_step(a.type))),
+         static_cast<int>(round_up(a.value_dim, dim_step(a.type))), {}, {}, {}, {}, {}, {}};
   float* queries = take(size.queries);
   float* sums = take(size.sums);
   w.keys = take(size.keys);
   w.values = take(size.values);
   w.scores = take(size.scores);
   w.list = reinterpret_cast<int32_t*>(take(size.list));
-  w.factors = take(size.factors);
+  w.weights = take(size.weights);
   w.rows = take(int64_t{rows} * w.dim);
 
   const int blocks = (a.q_len + a.bq - 1) / a.bq;
@@ -366,6 +397,9 @@ void run(const ForwardArgs& a, const ForwardItem& item, float* memory, Importanc
       }
     }
   }
+#if SL_AMX
+  _tile_release();
+#endif
 }
 
 }  // namespace
