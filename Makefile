@@ -15,7 +15,7 @@ PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := -m pytest -q --durations=15
 ifdef CI
 export SPARSELOOM_REQUIRE_CPU := 1
-export CMAKE_ARGS := $(CMAKE_ARGS) -DSL_WERROR=ON
+export SPARSELOOM_WERROR := ON
 endif
 
 # What the build needs is installed beside the rest, so that the next build compiles only what

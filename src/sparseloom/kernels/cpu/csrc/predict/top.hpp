@@ -20,7 +20,7 @@ static long count_from(const int32_t* x, long n, int32_t level) {
 #elif SL_AVX2
   __m256i below = _mm256_setzero_si256();
   const __m256i wanted = _mm256_set1_epi32(level);
-  for (; i + 8 <= n; i += 8) {
+  for (const long whole = n / 8 * 8; i < whole; i += 8) {
     const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
     below = _mm256_sub_epi32(below, _mm256_cmpgt_epi32(wanted, some));
   }
