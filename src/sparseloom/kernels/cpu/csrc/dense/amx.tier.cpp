@@ -1,51 +1,44 @@
-// Dense attention of bf16 inputs with AMX tiles.
-//
-// Tiles of 16 x 16 hold scores S^T = K Q^T (a row per key, a column per query), probabilities P^T in
-// pairs of keys as bf16, and sums O^T = V^T P^T. A block of keys passes three stages, and one loop
-// runs the three stages of three neighbouring blocks: scores of block t + 1, powers of block t,
-// values of block t - 1. Vector instructions stand between the tile products, a few after each:
-// the tile unit and the vector units then work at once, which they do not if either comes in bulk.
+// Dense attention of bf16 inputs with AMX tiles: preparation, and the kernel that takes any scores.
 #include "tier.hpp"
 
 #if SL_AMX
 
-#include "dense/lanes.hpp"
-#include "dense/tiles.hpp"
+#include "dense/amx.hpp"
 
 namespace sparseloom::SL_TIER::dense {
 namespace {
 
-constexpr int64_t KB = 64;  // keys of a block: all that its three stages touch stays in the cache
-constexpr int CHUNKS = KB / CHUNK;  // of a block
-
-struct Sizes {
-  int64_t depth;   // chunks of head_dim
-  int64_t widths;  // tiles of value_dim, an even number
-  int64_t chunks;  // of the keys
-};
-
-Sizes sizes(const DenseArgs& a) {
-  return {(a.head_dim + CHUNK - 1) / CHUNK, (a.value_dim + 31) / 32 * 2,
-          (a.kv_len + CHUNK - 1) / CHUNK};
-}
-
-// Tiles of keys and of values, per key head and chunk: 2 * depth and widths.
-int64_t chunk_tiles(const Sizes& z) { return 2 * z.depth + z.widths; }
-
 size_t shared_bytes(const DenseArgs& a) {
   const Sizes z = sizes(a);
-  return static_cast<size_t>(a.batch * a.kv_heads * z.chunks * chunk_tiles(z) * TILE);
+  return static_cast<size_t>(a.batch * a.kv_heads * z.chunks *
+                             (chunk_tiles(z) * TILE + static_cast<int64_t>(sizeof(float))));
 }
 
 int64_t shared_parts(const DenseArgs& a) {
   return a.batch * a.kv_heads * ((sizes(a).chunks + CHUNKS - 1) / CHUNKS);
 }
 
-struct Heads { const Bf16 *key, *value; };
+// The largest squared norm of the keys of each chunk, after all tiles.
+float* squares(const DenseArgs& a, void* shared) {
+  const Sizes z = sizes(a);
+  return reinterpret_cast<float*>(static_cast<char*>(shared) +
+                                  a.batch * a.kv_heads * z.chunks * chunk_tiles(z) * TILE);
+}
 
-Heads find_heads(const DenseArgs& a, int64_t batch, int64_t kv_head) {
-  return {static_cast<const Bf16*>(a.key.data) + batch * a.key.batch + kv_head * a.key.head,
-          static_cast<const Bf16*>(a.value.data) + batch * a.value.batch + kv_head * a.value.head};
+// NaN if one of the two is.
+float larger(float x, float y) { return x > y || x != x ? x : y; }
+
+float square_rows(const char* tiles, int64_t depth) {
+  float most = 0.0f;
+  for (int i = 0; i < 16; ++i) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t d = 0; d < depth; ++d) {
+      const auto row = (__m512bh)_mm512_load_si512(tiles + d * TILE + i * 64);
+      sum = _mm512_dpbf16_ps(sum, row, row);
+    }
+    most = larger(most, _mm512_reduce_add_ps(sum));
+  }
+  return most;
 }
 
 void prepare(const DenseArgs& a, void* shared, int64_t part) {
@@ -56,25 +49,18 @@ void prepare(const DenseArgs& a, void* shared, int64_t part) {
   const int64_t first = part % parts * CHUNKS;
   for (int64_t c = first; c < z.chunks && c < first + CHUNKS; ++c) {
     char* at = tiles + c * chunk_tiles(z) * TILE;
+    float largest_square = 0.0f;
     for (int half = 0; half < 2; ++half) {
       const int64_t j = c * CHUNK + half * 16;
       copy_tiles(h.key + j * a.key.row, a.key.row, a.kv_len - j, a.head_dim, z.depth,
                  at + half * z.depth * TILE);
+      largest_square = larger(largest_square, square_rows(at + half * z.depth * TILE, z.depth));
     }
     transpose_tiles(h.value + c * CHUNK * a.value.row, a.value.row, a.kv_len - c * CHUNK,
                     a.value_dim, z.widths, at + 2 * z.depth * TILE);
+    squares(a, shared)[head * z.chunks + c] = largest_square;
   }
 }
-
-// Rows of 32 queries, 128 bytes.
-constexpr int64_t ROW = 128, LANES = 32;
-
-struct Memory {
-  char* lanes;       // queries: depth x 2 tiles of pairs
-  float* scores[2];  // KB rows
-  char* powers[2];   // KB / 2 rows of pairs
-  float* acc;        // 16 * widths rows
-};
 
 size_t scratch_bytes(const DenseArgs& a) {
   const Sizes z = sizes(a);
@@ -83,82 +69,28 @@ size_t scratch_bytes(const DenseArgs& a) {
   return static_cast<size_t>((2 * z.depth + 2 * last) * TILE + 3 * KB * ROW);
 }
 
-Memory layout(const DenseArgs& a, void* memory) {
-  char* at = static_cast<char*>(memory);
-  Memory m;
-  m.lanes = at;
-  at += 2 * sizes(a).depth * TILE;
-  for (int i = 0; i < 2; ++i, at += KB * ROW) m.scores[i] = reinterpret_cast<float*>(at);
-  for (int i = 0; i < 2; ++i, at += KB / 2 * ROW) m.powers[i] = at;
-  m.acc = reinterpret_cast<float*>(at);
-  return m;
-}
-
-// Two by two tiles at `at`, tiles 0 ... 3.
-SL_INLINE void load_sums(const float* at) {
-  _tile_loadd(0, at, ROW);
-  _tile_loadd(1, at + 16, ROW);
-  _tile_loadd(2, at + 16 * LANES, ROW);
-  _tile_loadd(3, at + 16 * LANES + 16, ROW);
-}
-
-SL_INLINE void store_sums(float* at) {
-  _tile_stored(0, at, ROW);
-  _tile_stored(1, at + 16, ROW);
-  _tile_stored(2, at + 16 * LANES, ROW);
-  _tile_stored(3, at + 16 * LANES + 16, ROW);
-}
-
-// Tiles 0 ... 3 += (two tiles one above the other) (two tiles side by side), with some of the
-// vector work after each product.
-template <class Vectors>
-SL_INLINE void multiply(const char* upper, const char* lower, const char* left, const char* right,
-                        int64_t stride, Vectors& vectors) {
-  _tile_loadd(4, upper, 64);
-  _tile_loadd(6, left, stride);
-  _tile_dpbf16ps(0, 4, 6);
-  vectors.some();
-  _tile_loadd(7, right, stride);
-  _tile_dpbf16ps(1, 4, 7);
-  vectors.some();
-  _tile_loadd(5, lower, 64);
-  _tile_dpbf16ps(2, 5, 6);
-  vectors.some();
-  _tile_dpbf16ps(3, 5, 7);
-  vectors.some();
-}
-
-struct Block {
-  int64_t first;
-  int chunks;
-  bool masked;
-};
-
-// -inf where keys of a chunk are padding, past the end, or later than the query sees.
-void forbid_rows(const Queries<Bf16>& lanes, const uint8_t* attend, int64_t j0, float* scores) {
-  const __m512 never = _mm512_set1_ps(-__builtin_inff());
-  for (int j = 0; j < CHUNK; ++j, scores += LANES) {
-    const int64_t key = j0 + j;
-    if (key > lanes.most || (attend && !attend[key])) {
-      _mm512_store_ps(scores, never);
-      _mm512_store_ps(scores + 16, never);
-    } else if (key > lanes.least) {
-      for (int lane = 0; lane < LANES; ++lane)
-        if (lanes.limit[lane] < key) scores[lane] = -__builtin_inff();
-    }
+// bound[lane] >= |score| in units of log2, by Cauchy and Schwarz. Whether all are below LIMIT.
+bool bound_scores(const DenseArgs& a, const DenseItem& item, const Queries<Bf16>& lanes,
+                  const void* shared, const char* packed, __m512 bound[2]) {
+  const Sizes z = sizes(a);
+  const float* at = squares(a, const_cast<void*>(shared)) +
+                    (item.batch * a.kv_heads + item.kv_head) * z.chunks;
+  float most = 0.0f;
+  for (int64_t c = 0; c * CHUNK <= lanes.most; ++c) most = larger(most, at[c]);
+  const __m512 factor = _mm512_set1_ps(positive_factor(a) * 1.001f * __builtin_sqrtf(most));
+  int fit = 0xffff;
+  for (int q = 0; q < 2; ++q) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t d = 0; d < z.depth; ++d)
+      for (int i = 0; i < 16; ++i) {
+        const auto pair = (__m512bh)_mm512_load_si512(packed + (2 * d + q) * TILE + i * 64);
+        sum = _mm512_dpbf16_ps(sum, pair, pair);
+      }
+    bound[q] = _mm512_mul_ps(_mm512_sqrt_ps(sum), factor);
+    fit &= _mm512_cmp_ps_mask(bound[q], _mm512_set1_ps(LIMIT), _CMP_LT_OQ);  // false for NaN
   }
+  return fit == 0xffff;
 }
-
-// Vector work spread evenly over a number of products.
-struct Spread {
-  int left, products, gain, credit;
-  SL_INLINE Spread(int work, int over) : left(work), products(over), gain(work), credit(0) {}
-  SL_INLINE bool due() {
-    if (credit < products) return false;
-    credit -= products;
-    return true;
-  }
-};
 
 // Scores of a block to powers, a pair of keys at a time. All inline, and its address goes nowhere:
 // then it lives in registers.
@@ -232,44 +164,6 @@ void shrink_sums(float* acc, int64_t rows, const Rows& r) {
     }
 }
 
-void finish_rows(const DenseArgs& a, const Queries<Bf16>& lanes, const Rows& r, const float* acc) {
-  for (int q = 0; q < 2 && q * 16 < lanes.count; ++q) {
-    const __m512 sum = _mm512_div_ps(r.sum[q], _mm512_set1_ps(CUT_BIAS));
-    const __mmask16 some = _mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(1.0f), sum);
-    const int live = lanes.count - q * 16 < 16 ? lanes.count - q * 16 : 16;
-    __m512 total = _mm512_setzero_ps();
-    for (int64_t d = 0; d < a.value_dim; d += 16) {
-      const int n = a.value_dim - d < 16 ? static_cast<int>(a.value_dim - d) : 16;
-      __m512 tile[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        tile[i] = _mm512_mul_ps(_mm512_load_ps(acc + (d + i) * LANES + q * 16), inverse);
-        total = _mm512_add_ps(total, _mm512_abs_ps(tile[i]));
-      }
-      transpose16(tile);
-      for (int i = 0; i < live; ++i) store_n(lanes.out[q * 16 + i] + d, F{tile[i]}, n);
-    }
-    float sums[16], tops[16], totals[16];
-    _mm512_storeu_ps(sums, sum);
-    _mm512_storeu_ps(tops, r.top[q]);
-    _mm512_storeu_ps(totals, total);
-    for (int i = 0; i < live; ++i) {
-      const int64_t at = lanes.stat[q * 16 + i];
-      if (a.lse)
-        a.lse[at] = sums[i] == 0.0f ? -__builtin_inff() : LN2 * tops[i] + __builtin_logf(sums[i]);
-      if (a.magnitude) a.magnitude[at] = totals[i];
-    }
-  }
-}
-
-// Scores are not multiplied before their maximum is taken, so the factor must be positive: the sign
-// of the scale goes into the queries, and 0 becomes a number that no score makes visible.
-SL_INLINE float positive_factor(const DenseArgs& a) {
-  const float c = __builtin_fabsf(a.scale) * LOG2E;
-  return c < 1e-37f ? 1e-37f : c;
-}
-
 void attend(const DenseArgs& a, const DenseItem& item, const void* shared, void* memory) {
   const Sizes z = sizes(a);
   const Memory m = layout(a, memory);
@@ -281,30 +175,22 @@ void attend(const DenseArgs& a, const DenseItem& item, const void* shared, void*
   Queries<Bf16> lanes;
   find_lanes(a, item, lanes);
   pack_pairs(lanes.query, lanes.count, a.head_dim, z.depth, a.scale < 0, m.lanes);
+  for (int64_t i = 0; i < z.widths * 16 * LANES; i += 16)
+    _mm512_store_ps(m.acc + i, _mm512_setzero_ps());
+  set_tiles();
+  __m512 bound[2];
+  if (!a.lse && bound_scores(a, item, lanes, shared, m.lanes, bound)) {
+    attend_bounded(a, item, lanes, keys, m, bound);
+    return;
+  }
   const __m512 c = _mm512_set1_ps(positive_factor(a));
   Rows r;
   for (int q = 0; q < 2; ++q) {
     r.top[q] = _mm512_set1_ps(LOWEST);
     r.sum[q] = r.shrink[q] = _mm512_setzero_ps();
   }
-  for (int64_t i = 0; i < z.widths * 16 * LANES; i += 16)
-    _mm512_store_ps(m.acc + i, _mm512_setzero_ps());
-  set_tiles();
-
-  int64_t next = 0;  // the key after the last block that was started
-  const auto start = [&]() -> Block {
-    for (; next <= lanes.most; next += KB) {
-      const int64_t n = lanes.most + 1 - next < KB ? lanes.most + 1 - next : KB;
-      const int64_t live = count_attended(attended, next, n);
-      if (live == 0) continue;
-      const Block block = {next, static_cast<int>((n + CHUNK - 1) / CHUNK),
-                           live < n || n % CHUNK || lanes.least < next + n - 1};
-      next += KB;
-      return block;
-    }
-    return {0, 0, false};
-  };
-  Block before = {0, 0, false}, now = {0, 0, false}, after = start();
+  Blocks blocks = {lanes, attended, 0};
+  Block before = {0, 0, false}, now = {0, 0, false}, after = blocks.take();
   int turn = 0;
   bool grown = false;
   while (before.chunks || now.chunks || after.chunks) {
@@ -350,94 +236,50 @@ void attend(const DenseArgs& a, const DenseItem& item, const void* shared, void*
     }
     before = now;
     now = after;
-    after = start();
+    after = blocks.take();
     turn ^= 1;
   }
   _tile_release();
-  finish_rows(a, lanes, r, m.acc);
-}
-
-// Probabilities of a chunk of queries, summed. Here the lanes are keys and the rows queries.
-struct Columns {
-  const float* scores;
-  const float* lse;
-  int64_t seen;  // keys of the block that the next query sees
-  bool causal;
-  __m512 factor, sum0, sum1;
-  Spread spread;
-
-  SL_INLINE void one() {
-    const float norm = *lse == -__builtin_inff() ? __builtin_inff() : *lse * LOG2E;
-    const uint32_t mask = seen >= LANES ? ~0u : seen <= 0 ? 0u : (1u << seen) - 1;
-    const __m512 centre = _mm512_set1_ps(norm);
-    const F p0 = power(F{_mm512_fmsub_ps(_mm512_load_ps(scores), factor, centre)});
-    const F p1 = power(F{_mm512_fmsub_ps(_mm512_load_ps(scores + 16), factor, centre)});
-    sum0 = _mm512_mask_add_ps(sum0, static_cast<__mmask16>(mask), sum0, p0.v);
-    sum1 = _mm512_mask_add_ps(sum1, static_cast<__mmask16>(mask >> 16), sum1, p1.v);
-    scores += LANES;
-    ++lse;
-    seen += causal;
-    --spread.left;
-  }
-  SL_INLINE void some() {
-    spread.credit += spread.gain;
-    while (spread.due()) one();
-  }
-};
-
-void columns(const DenseArgs& a, const DenseColumns& item, void* memory) {
-  const Sizes z = sizes(a);
-  const Memory m = layout(a, memory);
-  const int count = static_cast<int>(item.count);
-  const int64_t shift = a.kv_len - a.q_len;
-  const Heads h = find_heads(a, item.batch, item.head / (a.heads / a.kv_heads));
-  const Bf16* keys[LANES];
-  for (int i = 0; i < count; ++i) keys[i] = h.key + (item.first + i) * a.key.row;
-  pack_pairs(keys, count, a.head_dim, z.depth, a.scale < 0, m.lanes);
-  const Bf16* queries = static_cast<const Bf16*>(a.query.data) + item.batch * a.query.batch +
-                        item.head * a.query.head;
-  const float* lse = a.lse + (item.batch * a.heads + item.head) * a.q_len;
-  const __m512 c = _mm512_set1_ps(positive_factor(a));
-  char* tiles = reinterpret_cast<char*>(m.acc);
-  __m512 sum0 = _mm512_setzero_ps(), sum1 = sum0;
-  set_tiles();
-  const int64_t start = a.causal && item.first > shift ? item.first - shift : 0;
-  int rows = 0;  // of the chunk before, whose scores are ready
-  for (int64_t i0 = start, turn = 0; i0 < a.q_len || rows; i0 += CHUNK, turn ^= 1) {
-    const int64_t left = a.q_len - i0, done = rows ? i0 - CHUNK : 0;
-    Columns work = {m.scores[turn ^ 1], lse + done,
-                    a.causal ? done + shift + 1 - item.first : LANES, a.causal, c, sum0, sum1,
-                    Spread(rows, 4 * static_cast<int>(z.depth))};
-    if (left > 0) {
-      for (int half = 0; half < 2; ++half)
-        copy_tiles(queries + (i0 + half * 16) * a.query.row, a.query.row, left - half * 16,
-                   a.head_dim, z.depth, tiles + half * z.depth * TILE);
-      asm volatile("" ::: "memory");  // what tiles load must have been stored
-      zero_tiles();
-      for (int64_t d = 0; d < z.depth; ++d)
-        multiply(tiles + d * TILE, tiles + (z.depth + d) * TILE, m.lanes + 2 * d * TILE,
-                 m.lanes + (2 * d + 1) * TILE, 64, work);
-    }
-    while (work.spread.left > 0) work.one();
-    sum0 = work.sum0;
-    sum1 = work.sum1;
-    if (left > 0) store_sums(m.scores[turn]);
-    rows = left < 0 ? 0 : left < CHUNK ? static_cast<int>(left) : CHUNK;
-  }
-  _tile_release();
-  float total[LANES];
-  _mm512_storeu_ps(total, sum0);
-  _mm512_storeu_ps(total + 16, sum1);
-  float* out = a.columns + (item.batch * a.heads + item.head) * a.kv_len + item.first;
-  const uint8_t* attended = a.attend ? a.attend + item.batch * a.kv_len + item.first : nullptr;
-  for (int i = 0; i < count; ++i) out[i] = attended && !attended[i] ? 0.0f : total[i];
+  for (int q = 0; q < 2; ++q) r.sum[q] = _mm512_div_ps(r.sum[q], _mm512_set1_ps(CUT_BIAS));
+  finish_rows(a, lanes, r.top, r.sum, m.acc);
 }
 
 }  // namespace
 
+void finish_rows(const DenseArgs& a, const Queries<Bf16>& lanes, const __m512 top[2],
+                 const __m512 sum[2], const float* acc) {
+  for (int q = 0; q < 2 && q * 16 < lanes.count; ++q) {
+    const __mmask16 some = _mm512_cmp_ps_mask(sum[q], _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    const __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(1.0f), sum[q]);
+    const int live = lanes.count - q * 16 < 16 ? lanes.count - q * 16 : 16;
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t d = 0; d < a.value_dim; d += 16) {
+      const int n = a.value_dim - d < 16 ? static_cast<int>(a.value_dim - d) : 16;
+      __m512 tile[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        tile[i] = _mm512_mul_ps(_mm512_load_ps(acc + (d + i) * LANES + q * 16), inverse);
+        total = _mm512_add_ps(total, _mm512_abs_ps(tile[i]));
+      }
+      transpose16(tile);
+      for (int i = 0; i < live; ++i) store_n(lanes.out[q * 16 + i] + d, F{tile[i]}, n);
+    }
+    float sums[16], tops[16], totals[16];
+    _mm512_storeu_ps(sums, sum[q]);
+    _mm512_storeu_ps(tops, top[q]);
+    _mm512_storeu_ps(totals, total);
+    for (int i = 0; i < live; ++i) {
+      const int64_t at = lanes.stat[q * 16 + i];
+      if (a.lse)
+        a.lse[at] = sums[i] == 0.0f ? -__builtin_inff() : LN2 * tops[i] + __builtin_logf(sums[i]);
+      if (a.magnitude) a.magnitude[at] = totals[i];
+    }
+  }
+}
+
 extern const DenseKernels tiles_bf16;
-const DenseKernels tiles_bf16 = {32,      shared_bytes,  shared_parts, prepare,
-                                 scratch_bytes, attend, columns};
+const DenseKernels tiles_bf16 = {LANES,         shared_bytes, shared_parts, prepare,
+                                 scratch_bytes, attend,       column_sums};
 
 }  // namespace sparseloom::SL_TIER::dense
 #endif

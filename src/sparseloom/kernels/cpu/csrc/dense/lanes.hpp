@@ -177,9 +177,9 @@ static inline void find_lanes(const DenseArgs& a, const DenseItem& item, Queries
   lanes.count = static_cast<int>(item.count);
   lanes.least = INT64_MAX;
   lanes.most = INT64_MIN;
+  int64_t head = item.kv_head * group + item.first / a.q_len, i = item.first % a.q_len;
   for (int lane = 0; lane < lanes.count; ++lane) {
-    const int64_t row = item.first + lane, head = item.kv_head * group + row / a.q_len;
-    const int64_t i = row % a.q_len, limit = a.causal ? i + a.kv_len - a.q_len : a.kv_len - 1;
+    const int64_t limit = a.causal ? i + a.kv_len - a.q_len : a.kv_len - 1;
     lanes.query[lane] = static_cast<const T*>(a.query.data) + item.batch * a.query.batch +
                         head * a.query.head + i * a.query.row;
     lanes.stat[lane] = (item.batch * a.heads + head) * a.q_len + i;
@@ -187,6 +187,10 @@ static inline void find_lanes(const DenseArgs& a, const DenseItem& item, Queries
     lanes.limit[lane] = limit;
     if (limit < lanes.least) lanes.least = limit;
     if (limit > lanes.most) lanes.most = limit;
+    if (++i == a.q_len) {
+      i = 0;
+      ++head;
+    }
   }
   for (int lane = lanes.count; lane < QB; ++lane) lanes.limit[lane] = lanes.most;
 }

@@ -20,7 +20,8 @@ SL_INLINE void set_tiles() {
     config.bytes[i] = 64;
     config.rows[i] = 16;
   }
-  _tile_loadconfig(&config);
+  // GCC's _tile_loadconfig says that it reads 8 bytes: the other stores may then be left out.
+  asm volatile("ldtilecfg %0" : : "m"(config));
 }
 
 SL_INLINE void zero_tiles() {
