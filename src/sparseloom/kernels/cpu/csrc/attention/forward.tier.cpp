@@ -151,7 +151,8 @@ F score_keys(const Work& w, const Tile& tile, const int32_t* keys, int n, float*
       for (int r = 0; r < R; ++r)
         if (keys[k] > tile.row + r + shift) out[k * R + r] = lowest, changed = true;
   }
-  if (changed || padded != n) {  // what was overwritten may have been the largest
+  // Beyond n the first key is repeated, which moves no maximum; a forbidden pair may have.
+  if (changed) {
     highest = set1(lowest);
     for (int i = 0; i < padded * R; i += W) highest = max(highest, load(out + i));
   }
@@ -245,7 +246,12 @@ void load_queries(Work& w, const Tile& tile) {
   if constexpr (by_tiles<T, R>()) return load_tile_queries<R>(w, tile);
 #endif
   const F factor = set1(a.scale * LOG2E);
+  // Pointers past the rows are never made: the offset is added where the row exists.
+  const T* here = row_of<T>(a.query, w.batch, w.head, tile.row);
   for (int r = 0; r < R; ++r) {
+    if (tile.row + 4 * R + r < a.q_len)
+      for (int d = 0; d < a.head_dim; d += 64 / int{sizeof(T)})
+        prefetch(here + (4 * R + r) * a.query.row + d);
     float* to = w.rows + r * w.dim;
     if (r < tile.rows)
       widen_row(row_of<T>(a.query, w.batch, w.head, tile.row + r), to, a.head_dim, w.dim, factor);

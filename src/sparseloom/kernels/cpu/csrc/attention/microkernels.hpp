@@ -36,49 +36,31 @@ SL_INLINE F add_pairs(F a, F b) {
 
 // Interleaves groups of G lanes: low = [a0.. b0.. a1.. b1..] of the first halves, high of the last.
 template <int G>
-SL_INLINE void zip(F a, F b, F& low, F& high) {
-  float x[W], y[W], mixed[2 * W];
-  store(x, a);
-  store(y, b);
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) {
-    mixed[i / G * 2 * G + i % G] = x[i];
-    mixed[i / G * 2 * G + G + i % G] = y[i];
+struct ZipOrder {
+  alignas(64) int32_t places[2 * W] = {};
+  constexpr ZipOrder() {
+    for (int i = 0; i < 2 * W; ++i)
+      places[i] = i / (2 * G) * G + i % G + (i % (2 * G) < G ? 0 : W);
   }
+};
+template <int G>
+static constexpr ZipOrder<G> zip_order{};
+
+template <int G>
+SL_INLINE void zip(F a, F b, F& low, F& high) {
+  const int32_t* order = zip_order<G>.places;
+#if SL_AVX512
+  low = {_mm512_permutex2var_ps(a.v, _mm512_load_si512(order), b.v)};
+  high = {_mm512_permutex2var_ps(a.v, _mm512_load_si512(order + W), b.v)};
+#else
+  float both[2 * W], mixed[2 * W];
+  store(both, a);
+  store(both + W, b);
+  for (int i = 0; i < 2 * W; ++i) mixed[i] = both[order[i]];
   low = load(mixed);
   high = load(mixed + W);
-}
-
-#if SL_AVX512
-template <int G>
-SL_INLINE __m512i zip_order(int half) {
-  int order[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    const int place = half * 16 + i, group = place / (2 * G), inside = place % (2 * G);
-    order[i] = inside < G ? group * G + inside : 16 + group * G + inside - G;
-  }
-  return _mm512_loadu_si512(order);
-}
-template <>
-SL_INLINE void zip<1>(F a, F b, F& low, F& high) {
-  const __m512i lo = zip_order<1>(0), hi = zip_order<1>(1);
-  low = {_mm512_permutex2var_ps(a.v, lo, b.v)};
-  high = {_mm512_permutex2var_ps(a.v, hi, b.v)};
-}
-template <>
-SL_INLINE void zip<2>(F a, F b, F& low, F& high) {
-  const __m512i lo = zip_order<2>(0), hi = zip_order<2>(1);
-  low = {_mm512_permutex2var_ps(a.v, lo, b.v)};
-  high = {_mm512_permutex2var_ps(a.v, hi, b.v)};
-}
-template <>
-SL_INLINE void zip<4>(F a, F b, F& low, F& high) {
-  const __m512i lo = zip_order<4>(0), hi = zip_order<4>(1);
-  low = {_mm512_permutex2var_ps(a.v, lo, b.v)};
-  high = {_mm512_permutex2var_ps(a.v, hi, b.v)};
-}
 #endif
+}
 
 // ---------------------------------------------------------------- rows to lanes
 
