@@ -151,7 +151,7 @@ def table_in_use() -> CostTable | None:
     from sparseloom.kernels.cpu import native
 
     tier = native.active_tier()
-    own = [t for t in _tables(user_file()) if (t.cpu, t.tier) == (_cpu(), tier)]
+    own = [t for t in read_tables(user_file()) if (t.cpu, t.tier) == (_cpu(), tier)]
     threads = torch.get_num_threads()
     if own:
         return min(own, key=lambda table: abs(table.threads - threads))
@@ -253,7 +253,7 @@ def save_table(table: CostTable, path: Path | None = None) -> Path:
     """Put a table among the user's, in place of an older one of the same machine and threads."""
     path = user_file() if path is None else path
     same = (table.cpu, table.tier, table.threads)
-    others = [t for t in _tables(path) if (t.cpu, t.tier, t.threads) != same]
+    others = [t for t in read_tables(path) if (t.cpu, t.tier, t.threads) != same]
     write_tables(path, [*others, table])
     return path
 
@@ -270,7 +270,12 @@ def write_tables(path: Path, tables: Sequence[CostTable]) -> None:
         part.unlink(missing_ok=True)
 
 
-def _tables(path: Path) -> tuple[CostTable, ...]:
+def read_tables(path: Path) -> tuple[CostTable, ...]:
+    """The tables of a file; none where there is no file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
     try:
         stamp = path.stat().st_mtime_ns
     except OSError:
