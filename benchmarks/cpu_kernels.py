@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 
 from sparseloom.experiments.bench import AttentionCase, bench_attention, bench_predict
+from sparseloom.experiments.bench_decode import DecodeCase, bench_decode
 from sparseloom.kernels import available_backends
 from sparseloom.kernels.cpu import native
 from sparseloom.results import ResultsFile, read_results, results, write_results
@@ -97,9 +98,14 @@ def masks(repeats: int, say: Say) -> Rows:
     return bench_attention(cases, backends=["cpu"], repeats=repeats, progress=say)
 
 
+def decode(repeats: int, say: Say) -> Rows:
+    """One query against 32768 keys: dense caches, and progressive quantisation."""
+    return bench_decode([DecodeCase()], repeats=2 * repeats, progress=say)
+
+
 PARTS: dict[str, Callable[[int, Say], Rows]] = {
     "given": given, "whole": whole, "gradients": gradients, "lengths": lengths, "halves": halves,
-    "masks": masks,
+    "masks": masks, "decode": decode,
 }  # fmt: skip
 
 
@@ -133,6 +139,13 @@ def goals(rows: Sequence[dict[str, Any]]) -> Rows:
     add("bfloat16 8x1 at 95%: times float32", speedup, 1.5)
     dense, sdpa = (_find(rows, "halves", contender=name) for name in ("cpu dense", "sdpa bfloat16"))
     add("bfloat16 dense: times SDPA bf16", sdpa["ms"] / dense["ms"] if dense and sdpa else None, 2)
+    for name, what, least in (
+        ("cpu int8", "INT8 cache", 3.0),
+        ("progressive", "8+4 bits, 28% of keys, 20% of values", 8.0),
+        ("cpu bfloat16", "bfloat16 cache", 1.5),
+    ):
+        row = _find(rows, "decode", contender=name)
+        add(f"decode, {what}: times SDPA fp32", row and row["speedup"], least)
     memory = _find(rows, "lengths", contender="dynamic", q_len=16384)
     extra = memory.get("extra_bytes") if memory else None
     add("whole path at 16384 tokens: MiB beyond mask and output",

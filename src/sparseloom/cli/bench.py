@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,6 +73,12 @@ def bench(
     memory: Annotated[
         bool, typer.Option("--memory", help="Peak memory too, each in a process of its own.")
     ] = False,
+    kept: Annotated[
+        float, typer.Option("--kept", help="decode: share of the keys in the lists of kept ones.")
+    ] = 0.28,
+    value_keep: Annotated[
+        float, typer.Option("--value-keep", help="decode: share of those whose values are read.")
+    ] = 0.2,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measured rounds.")] = 5,
     calibrate: Annotated[
         bool,
@@ -101,8 +107,9 @@ def bench(
     with progress_console().status(operation.value) as status:
         if operation is Operation.decode:
             rows = _decode(
-                q_len, kv_len, heads, kv_heads, head_dim, dtype, repeats, seed, status.update
-            )
+                q_len or [1], kv_len or [32768], heads, kv_heads, head_dim, kept, value_keep,
+                repeats, seed, status.update,
+            )  # fmt: skip
         else:
             cases = _cases(
                 q_len or [2048], kv_len, heads, kv_heads, head_dim, block_size, sparsity, dtype,
@@ -189,17 +196,39 @@ def _cases(
 
 
 def _decode(
-    q_len: Sequence[int] | None,
-    kv_len: Sequence[int] | None,
+    q_lens: Sequence[int],
+    kv_lens: Sequence[int],
     heads: int,
     kv_heads: int | None,
     head_dim: int,
-    dtypes: Sequence[str],
+    kept: float,
+    value_keep: float,
     repeats: int,
     seed: int,
-    progress: Any,
+    progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    raise NotImplementedError("decode cannot be timed yet")
+    """One step of decoding for every number of queries and keys."""
+    from sparseloom.experiments.bench import peaks_row
+    from sparseloom.experiments.bench_decode import DecodeCase, bench_decode
+    from sparseloom.kernels.cpu.peaks import measure_peaks
+
+    cases = [
+        DecodeCase(
+            kv_len=keys,
+            heads=heads,
+            kv_heads=kv_heads or heads,
+            head_dim=head_dim,
+            q_len=queries,
+            kept=kept,
+            value_keep=value_keep,
+        )
+        for queries in q_lens
+        for keys in kv_lens
+    ]
+    progress("peaks of this machine")
+    peaks = measure_peaks()
+    rows = bench_decode(cases, repeats=repeats, seed=seed, peaks=peaks, progress=progress)
+    return [peaks_row(peaks), *rows]
 
 
 def _calibrate(repeats: int, *, seed: int, as_json: bool) -> None:

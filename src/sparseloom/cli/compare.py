@@ -126,6 +126,7 @@ def _show(results: ResultsFile, *, as_json: bool, notes: list[str]) -> None:
         ("attention ms", number("attention_ms", 1)),
         ("model ms", number("model_ms", 1)),
         ("speed-up", _speedup),
+        ("cost rule", value("rule")),
         ("oracle's mass", _mass),
         *((f"cycles {name}", _cycles(name)) for name in machines),
     ]

@@ -15,7 +15,15 @@ from sparseloom.experiments.attention_time import attention_contender
 from sparseloom.experiments.timing import Timing, interleave
 from sparseloom.integrations import record, sparsify
 from sparseloom.integrations.stats import LayerStats
-from sparseloom.methods import AttentionInputs, Dense, DynamicSparse, Method, parse_method
+from sparseloom.methods import (
+    AttentionInputs,
+    Dense,
+    DynamicSparse,
+    Method,
+    Selector,
+    costs,
+    parse_method,
+)
 from sparseloom.results import ResultsFile
 from sparseloom.results import results as as_results
 from sparseloom.training import load_method
@@ -117,9 +125,11 @@ def compare(
                 }
             )
         if repeats > 0:
-            whole, attention = time_methods(loaded, named, sample, repeats, say)
-            for name, row in zip(named, rows, strict=True):
+            calls = capture(loaded, sample)
+            whole, attention = time_methods(loaded, named, sample, calls, repeats, say)
+            for (name, method), row in zip(named.items(), rows, strict=True):
                 row |= {
+                    "rule": _rule(method, calls),
                     "attention_ms": attention[name].ms,
                     "model_ms": whole[name].ms,
                     "dense_attention_ms": attention["dense"].ms,
@@ -173,15 +183,16 @@ def time_methods(
     loaded: LoadedModel,
     methods: Mapping[str, Method],
     sample: Mapping[str, Any],
+    calls: Sequence[AttentionInputs],
     repeats: int,
     say: Callable[[str], None],
 ) -> tuple[dict[str, Timing], dict[str, Timing]]:
     """Interleaved times of one forward pass, and of its attention alone, for every method.
 
     Attention time is the sum over layers of what the method does from queries, keys, values and
-    hidden states to the output: prediction, selection and attention.
+    hidden states to the output: prediction, selection and attention.  Methods select in every
+    call, whatever the cost rule would say: the times are those of what was scored.
     """
-    calls = capture(loaded, sample)
 
     def forward(method: Method) -> None:
         with torch.no_grad(), sparsify(loaded.model, method, when="always"):
@@ -215,6 +226,14 @@ def capture(loaded: LoadedModel, sample: Mapping[str, Any]) -> list[AttentionInp
     with torch.no_grad(), sparsify(loaded.model, Dense(), observer=Keep()):
         loaded.model(**sample)
     return calls
+
+
+def _rule(method: Method, calls: Sequence[AttentionInputs]) -> str | None:
+    """What the cost rule would do with these calls: "sparse" where it would let one select."""
+    if not isinstance(method, Selector) or method.work(calls[0].shape) is None:
+        return None
+    with torch.no_grad():
+        return "sparse" if any(costs.pays(method, inputs) for inputs in calls) else "dense"
 
 
 def _quality(

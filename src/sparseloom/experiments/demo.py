@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparseloom.experiments.compare import Comparison, capture, compare, with_predictor
+from sparseloom.kernels.cpu import native
 from sparseloom.methods import DynamicSparse, Method, Oracle, SlidingWindow
 
 if TYPE_CHECKING:
@@ -104,12 +105,13 @@ def summary(comparison: Comparison) -> list[str]:
         for ours, best in zip(dynamic["retained_mass"], dynamic["oracle_mass"], strict=True)
     )
     cycles = dense["cycles"][MACHINE] / dynamic["cycles"][MACHINE]
-    reference = any("reference" in name for name in dynamic["ran"])
-    slow = (
-        "  The reference kernel computes every score and masks it: it shows quality, not speed."
-        if reference
-        else ""
-    )
+    slow = ""
+    if any("reference" in name for name in dynamic["ran"]):
+        reason = native.missing_reason() or "it does not take this model's attention"
+        slow = (
+            f"  The C++ backend did not run ({reason}); the reference kernel computes every score "
+            "and masks it: it shows quality, not speed."
+        )
     return [
         f"Dense attention needs {dense['value']:.4f} bits per byte on {dense['items']} held-out "
         "windows of 2048 bytes.",
