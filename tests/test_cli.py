@@ -241,6 +241,27 @@ def test_bench_of_prediction(run: Run, quick_peaks: None) -> None:
     assert [row["path"] for row in timed] == ["given", "select"] * 3
 
 
+def test_bench_of_decoding(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparseloom.kernels.cpu import peaks
+
+    found = peaks.Peaks("registers", "avx2", 1, 10.0, None, 40.0, 5.0, 50.0)
+    monkeypatch.setattr(peaks, "measure_peaks", lambda: found)
+    words = ["bench", "decode", "--kv-len", 96, "--heads", 2, "--head-dim", 16, "--repeats", 1]
+    code, out, err = run(*words, "--kept", 0.5, "--json")
+    assert code == 0, err
+    rows = rows_of(out)
+    assert rows[0]["record"] == "peaks"
+    timed = {row["contender"]: row for row in rows if row.get("op") == "decode"}
+    assert {"sdpa", "sdpa bfloat16"} <= timed.keys()
+    assert {row["kv_len"] for row in timed.values()} == {96}
+    missing = [row for row in rows if row.get("record") == "refused"]
+    assert all(row["note"] for row in missing)
+    code, out, _ = run(*words)
+    assert "peaks with 1 threads" in out
+    code, _, err = run(*words, "--kept", 2)
+    assert (code, err) == (2, "error: kept must be in (0, 1], got 2.0\n")
+
+
 def test_bench_of_recorded_masks(run: Run, quick_peaks: None, trace: Path) -> None:
     code, out, err = run(
         "bench", "--mask", f"trace:{trace}", "--head-dim", 16, "--repeats", 1, "--json",

@@ -288,22 +288,29 @@ def _dynamic(case: AttentionCase, tensors: Tensors, seed: int) -> Contender:
 
 
 def untrained(case: AttentionCase, seed: int, projection: float = 0.25) -> DynamicSparse:
-    """The method of the whole path, as the paper has it: σ = 0.25 and INT4."""
+    """The method of the whole path, as the paper has it: σ = 0.25 and INT4.
+
+    It has seen one batch: without, its scales would be searched for in every call.
+    """
     settings = DynamicSparse(
         sparsity=case.sparsity,
         block_size=case.block_size,
         projection=projection,
         rotary=False,
     )
+    hidden_size = case.heads * case.head_dim
     predictor = Predictor.for_shape(
         layers=1,
-        hidden_size=case.heads * case.head_dim,
+        hidden_size=hidden_size,
         heads=case.heads,
         head_dim=case.head_dim,
         projection=settings.projection,
         bits=settings.bits,
         seed=seed,
     )
+    hidden = torch.randn(1, 64, hidden_size, generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode(False), torch.enable_grad():
+        predictor.train().layers[0].encode(hidden.clone())
     return dataclasses.replace(settings, predictor=predictor.eval())
 
 

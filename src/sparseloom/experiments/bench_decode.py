@@ -110,7 +110,7 @@ def _bench_case(case: DecodeCase, repeats: int, seed: int, peaks: Peaks) -> list
     return [
         *(_row(case, name, contenders[name], time, times["sdpa"], peaks, seed)
           for name, time in times.items()),
-        *({"record": "refused", "op": "decode", "contender": name, "q_len": case.q_len,
+        *({"record": "refused", "operation": "decode", "contender": name, "q_len": case.q_len,
            "kv_len": case.kv_len, "note": reason} for name in refused),
     ]  # fmt: skip
 
