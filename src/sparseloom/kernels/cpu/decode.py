@@ -11,10 +11,10 @@ from torch import Tensor
 from sparseloom.kernels.cpu import native
 from sparseloom.kernels.planes import PlaneCache
 
-# As `Element` in csrc/decode/decode.hpp.
+# The numbers of `Element` in csrc/decode/decode.hpp, and bytes.
 _ELEMENTS = {
-    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int16: 4,
-    torch.uint8: 5,
+    torch.float32: (0, 4), torch.bfloat16: (1, 2), torch.float16: (2, 2), torch.int8: (3, 1),
+    torch.int16: (4, 2), torch.uint8: (5, 1),
 }  # fmt: skip
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NO_FACTORS = (0, 0, 0, 0, 0)
@@ -62,31 +62,48 @@ def refusal(call: DecodeCall) -> str | None:
     """Why this call cannot run here (None: it can)."""
     if torch.compiler.is_compiling():
         return "torch.compile cannot trace it"
-    if call.query.device.type != "cpu":
+    if not call.query.is_cpu:
         return f"the tensors are on {call.query.device}"
     if call.query.dtype not in _FLOATS:
         return f"it computes in fp32, not for {call.query.dtype}"
-    tensors = [call.query, call.key, call.value]
     planes = call.planes
     if planes is not None:
-        tensors = [call.query, planes.key_scale, planes.value]
-        if planes.value.dtype not in (*_FLOATS, torch.int8):
-            return f"values must be int8, fp32, bf16 or fp16, got {planes.value.dtype}"
-        if planes.key_msb.dtype not in (torch.int8, torch.int16):
-            return f"the high plane must be int8 or int16, got {planes.key_msb.dtype}"
-        if planes.key_lsb is not None:
-            if planes.key_lsb.dtype != torch.uint8:
-                return f"the low plane must have at most 4 bits, got {planes.lsb_bits}"
-            if planes.key_lsb.shape[3] * 2 != planes.key_msb.shape[3]:
-                return f"head_dim must be even with two planes, got {planes.key_msb.shape[3]}"
-        for name, scale in (("key_scale", planes.key_scale), ("value_scale", planes.value_scale)):
-            if scale is not None and scale.shape[2] != 1 != scale.shape[3]:
-                return f"{name} must not vary along the tokens and along the dimensions"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        reason = _refused_planes(planes)
+        if reason is not None:
+            return reason
+        key, value = planes.key_scale, planes.value
+    else:
+        key, value = call.key, call.value
+    if torch.is_grad_enabled() and (
+        call.query.requires_grad or key.requires_grad or value.requires_grad
+    ):
         return "it has no gradients (torch.no_grad() turns them off)"
     if call.kv_len >= 1 << 31:
         return f"kv_len must be less than 2**31, got {call.kv_len}"
     return native.missing_reason()
+
+
+def _refused_planes(planes: PlaneCache) -> str | None:
+    msb, lsb, value = planes.key_msb, planes.key_lsb, planes.value
+    if value.dtype not in (torch.int8, *_FLOATS):
+        return f"values must be int8, fp32, bf16 or fp16, got {value.dtype}"
+    if msb.dtype not in (torch.int8, torch.int16):
+        return f"the high plane must be int8 or int16, got {msb.dtype}"
+    if lsb is not None:
+        if lsb.dtype != torch.uint8:
+            return f"the low plane must have at most 4 bits, got {planes.lsb_bits}"
+        if msb.shape[3] % 2:
+            return f"head_dim must be even with two planes, got {msb.shape[3]}"
+    if _varies_twice(planes.key_scale):
+        return "key_scale must not vary along the tokens and along the dimensions"
+    if planes.value_scale is not None and _varies_twice(planes.value_scale):
+        return "value_scale must not vary along the tokens and along the dimensions"
+    return None
+
+
+def _varies_twice(scale: Tensor) -> bool:
+    shape = scale.shape
+    return shape[2] != 1 and shape[3] != 1
 
 
 def decode(call: DecodeCall) -> DecodeResult | int:
@@ -108,15 +125,17 @@ def decode(call: DecodeCall) -> DecodeResult | int:
         key, value = _dense(planes.key_msb), _dense(planes.value)
         key_low = None if planes.key_lsb is None else _dense(planes.key_lsb)
         low_bits, fill = planes.lsb_bits, planes.fill
-        key_scale = planes.key_scale.float()
-        value_scale = None if planes.value_scale is None else planes.value_scale.float()
+        key_scale, value_scale = _fp32(planes.key_scale), _fp32(planes.value_scale)
     if keep is not None:
         if keep.dtype not in (torch.int64, torch.int32):
             keep = keep.to(torch.int64)
         keep = keep.contiguous()
     padding = None if call.key_padding is None else _dense(call.key_padding)
 
-    out = query.new_empty((batch, heads, q_len, value_dim))
+    if value_dim == head_dim and query.is_contiguous():
+        out = torch.empty_like(query)  # the cheaper of the two
+    else:
+        out = query.new_empty((batch, heads, q_len, value_dim))
     key_importance = head_importance = keys_read = values_read = refetched = None
     if call.return_importance:
         key_importance = query.new_zeros((batch, heads, kv_len), dtype=torch.float32)
@@ -143,11 +162,9 @@ def decode(call: DecodeCall) -> DecodeResult | int:
         -1.0 if call.progressive is None else call.progressive,
         call.renormalise,
         call.is_causal,
-        tuple(
-            0 if tensor is None else tensor.data_ptr()
-            for tensor in (
-                out, key_importance, head_importance, keys_read, values_read, refetched
-            )
+        (
+            out.data_ptr(), _address(key_importance), _address(head_importance),
+            _address(keys_read), _address(values_read), _address(refetched),
         ),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -158,25 +175,35 @@ def decode(call: DecodeCall) -> DecodeResult | int:
     )  # fmt: skip
 
 
+def _fp32(scale: Tensor | None) -> Tensor | None:
+    return scale if scale is None or scale.dtype == torch.float32 else scale.float()
+
+
 def _dense(tensor: Tensor) -> Tensor:
     """The tensor, or a copy with a contiguous last dimension."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _cached(tensor: Tensor) -> tuple[int, int, int, int, int]:
     """Address, element type, and the strides of batch, head and row in bytes."""
-    size = tensor.element_size()
+    element, size = _ELEMENTS[tensor.dtype]
     batch, head, row, _ = tensor.stride()
-    return (
-        tensor.data_ptr(), _ELEMENTS[tensor.dtype], batch * size, head * size, row * size
-    )  # fmt: skip
+    return tensor.data_ptr(), element, batch * size, head * size, row * size
 
 
 def _factors(scale: Tensor | None) -> tuple[int, int, int, int, int]:
     """Address and element strides, 0 where one factor is shared."""
     if scale is None:
         return _NO_FACTORS
-    strides = [
-        stride if size > 1 else 0 for size, stride in zip(scale.shape, scale.stride(), strict=True)
-    ]
-    return scale.data_ptr(), strides[0], strides[1], strides[2], strides[3]
+    shape, strides = scale.shape, scale.stride()
+    return (
+        scale.data_ptr(),
+        strides[0] if shape[0] > 1 else 0,
+        strides[1] if shape[1] > 1 else 0,
+        strides[2] if shape[2] > 1 else 0,
+        strides[3] if shape[3] > 1 else 0,
+    )
