@@ -14,7 +14,7 @@ struct BackwardTensor {
   Type type;
 };
 
-inline int64_t element_bytes(Type type) { return type == Type::fp32 ? 4 : 2; }
+static inline int64_t element_bytes(Type type) { return type == Type::fp32 ? 4 : 2; }
 
 struct BackwardCall {
   BackwardTensor query, key, value, out, grad_out;
@@ -34,8 +34,7 @@ struct BackwardCall {
   // What the driver adds.
   int64_t q_blocks;
   int64_t key_width, value_width;  // dims rounded up to whole vectors
-  int64_t keys_at_once;            // keys whose rows and gradients stay in the L2 cache
-  bool copy_key, copy_value;       // rows must be widened to fp32, or padded to whole vectors
+  int64_t keys_at_once;            // keys whose records stay in the L2 cache
 };
 
 // Query blocks [first, last) of the heads that share one key head, counted head by head.
@@ -46,7 +45,7 @@ struct BackwardItem {
 
 // Of one worker; 64-byte aligned, null where it is not needed.
 struct BackwardScratch {
-  float *key, *value;          // (kv_len, width)
+  float* records;              // of keys_at_once keys
   float* grad_query;           // (q_len, key_width)
   float *lse2, *delta;         // (q_len)
   int64_t* cursor;             // (q_blocks)
@@ -56,7 +55,11 @@ struct BackwardScratch {
 constexpr int BACKWARD_CHUNK = 64;  // keys whose scores are held at once
 constexpr int BACKWARD_ROWS = 16;   // most query rows of a tile
 
-inline int64_t backward_tile_floats(const BackwardCall& c) {
+static inline int64_t backward_record_floats(const BackwardCall& c) {
+  return 2 * (c.key_width + c.value_width) + 16;
+}
+
+static inline int64_t backward_tile_floats(const BackwardCall& c) {
   return BACKWARD_ROWS * (3 * c.key_width + 2 * c.value_width + 4 * BACKWARD_CHUNK) +
          2 * BACKWARD_CHUNK + 4 * BACKWARD_ROWS;
 }

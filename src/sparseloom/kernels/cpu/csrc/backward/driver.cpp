@@ -13,7 +13,7 @@
 namespace sparseloom {
 namespace {
 
-constexpr int64_t CACHE_BYTES = 1 << 20;  // of the L2 cache, for keys, values and their gradients
+constexpr int64_t CACHE_BYTES = 1 << 20;  // of the L2 cache, for the records of keys
 constexpr double BLOCK_COST = 16;         // of a query block, in keys
 constexpr double MERGE_COST = 0.5;        // of one key's partial gradients, in pairs
 
@@ -110,8 +110,7 @@ std::vector<Planned> plan(const BackwardCall& c, int threads, int& parts) {
 
 // Few enough keys for the cache, but enough of each row's for whole chunks.
 int64_t keys_at_once(const BackwardCall& c) {
-  const int64_t key_bytes = 8 * (c.key_width + c.value_width);
-  int64_t keys = std::max<int64_t>(256, CACHE_BYTES / key_bytes);
+  int64_t keys = std::max<int64_t>(256, CACHE_BYTES / (4 * backward_record_floats(c)));
   if (c.offsets) {
     const int64_t rows = c.mask_batch * c.mask_heads * c.q_blocks;
     const int64_t* offsets = c.offsets;
@@ -133,18 +132,18 @@ struct Worker {
   Worker(const BackwardCall& c, bool round_query, bool sum_key, bool sum_value) {
     const int64_t key = c.kv_len * c.key_width, value = c.kv_len * c.value_width;
     const int64_t query = c.q_len * c.key_width, rows = rounded_up(c.q_len, 16);
-    const int64_t sizes[] = {c.copy_key ? key : 0,  c.copy_value ? value : 0, round_query ? query : 0,
-                             rows,                  rows,                     backward_tile_floats(c),
-                             sum_key ? key : 0,     sum_value ? value : 0};
+    const int64_t sizes[] = {backward_record_floats(c) * c.keys_at_once,
+                             round_query ? query : 0, rows, rows, backward_tile_floats(c),
+                             sum_key ? key : 0, sum_value ? value : 0};
     int64_t total = 0;
     for (int64_t size : sizes) total += rounded_up(size, 16);
     floats = std::make_unique<Scratch<float>>(total);
     cursor = std::make_unique<Scratch<int64_t>>(c.offsets ? c.q_blocks : 0);
-    float* at[8];
+    float* at[7];
     float* next = floats->data();
-    for (int i = 0; i < 8; ++i) at[i] = sizes[i] ? next : nullptr, next += rounded_up(sizes[i], 16);
-    scratch = {at[0], at[1], at[2], at[3], at[4], cursor->data(), at[5]};
-    grad_key = at[6], grad_value = at[7];
+    for (int i = 0; i < 7; ++i) at[i] = sizes[i] ? next : nullptr, next += rounded_up(sizes[i], 16);
+    scratch = {at[0], at[1], at[2], at[3], cursor->data(), at[4]};
+    grad_key = at[5], grad_value = at[6];
   }
 };
 
@@ -160,14 +159,14 @@ void backward(BackwardCall c, int threads) {
   c.q_blocks = (c.q_len + c.block_q - 1) / c.block_q;
   c.key_width = rounded_up(c.head_dim, kernels.lanes);
   c.value_width = rounded_up(c.value_dim, kernels.lanes);
-  c.copy_key = c.key.type != Type::fp32 || c.key_width != c.head_dim;
-  c.copy_value = c.value.type != Type::fp32 || c.value_width != c.value_dim;
+  // Sums stand in the results themselves where nothing has to be rounded, cut or added.
+  const bool round_key = c.key.type != Type::fp32 || c.key_width != c.head_dim;
+  const bool round_value = c.value.type != Type::fp32 || c.value_width != c.value_dim;
   c.keys_at_once = keys_at_once(c);
 
   int parts = 1;
   std::vector<Planned> items = plan(c, threads, parts);
-  // Sums stand in the results themselves where nothing has to be rounded, cut or added.
-  const bool own_key = c.copy_key || parts > 1, own_value = c.copy_value || parts > 1;
+  const bool own_key = round_key || parts > 1, own_value = round_value || parts > 1;
   const int64_t key_size = c.kv_len * c.key_width, value_size = c.kv_len * c.value_width;
   const auto count = static_cast<int64_t>(items.size());
   Scratch<float> key_parts(parts > 1 ? count * key_size : 0);
@@ -175,7 +174,7 @@ void backward(BackwardCall c, int threads) {
   threads = static_cast<int>(std::min<int64_t>(threads, count));
   std::vector<Worker> workers;
   for (int i = 0; i < threads; ++i)
-    workers.emplace_back(c, c.copy_key, c.copy_key && parts == 1, c.copy_value && parts == 1);
+    workers.emplace_back(c, round_key, round_key && parts == 1, round_value && parts == 1);
 
   std::vector<size_t> order(items.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;

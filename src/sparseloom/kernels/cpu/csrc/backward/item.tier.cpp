@@ -67,22 +67,40 @@ struct Run {
   }
 
   void set_keys() {
-    head.key_stride = c.key_width, head.value_stride = c.value_width;
-    head.key = keys_of(c.key, c.copy_key, c.head_dim, scratch.key, head.key_stride);
-    head.value = keys_of(c.value, c.copy_value, c.value_dim, scratch.value, head.value_stride);
-    head.grad_key = item.grad_key, head.grad_value = item.grad_value;
+    head.records = scratch.records;
     head.padding = c.key_padding ? c.key_padding + item.b * c.kv_len : nullptr;
     head.b = item.b;
   }
 
-  const float* keys_of(const BackwardTensor& t, bool copy, int64_t dim, float* to, ptrdiff_t& stride) {
-    const int64_t start = at(t, item.b, item.kv_head);
-    if (copy) {
-      widen(t, start, c.kv_len, dim, to, stride);
-      return to;
+  // The keys [k0, k1) and what was summed for them so far.
+  void load_keys(int64_t k0, int64_t k1, bool first_head) {
+    const Record record(c);
+    head.first_key = k0;
+    const int64_t key = at(c.key, item.b, item.kv_head), value = at(c.value, item.b, item.kv_head);
+    float* to = scratch.records;
+    for (int64_t k = k0; k < k1; ++k, to += record.size) {
+      widen(c.key, key + k * c.key.view.row, 1, c.head_dim, to, c.key_width);
+      widen(c.value, value + k * c.value.view.row, 1, c.value_dim, to + record.value, c.value_width);
+      if (first_head) {
+        for (int64_t d = record.grad_key; d + W <= record.size; d += W) store(to + d, zero());
+      } else {
+        copy(item.grad_key + k * c.key_width, to + record.grad_key, c.key_width);
+        copy(item.grad_value + k * c.value_width, to + record.grad_value, c.value_width);
+      }
     }
-    stride = t.view.row;
-    return static_cast<const float*>(t.view.data) + start;
+  }
+
+  void store_keys(int64_t k0, int64_t k1) {
+    const Record record(c);
+    const float* from = scratch.records;
+    for (int64_t k = k0; k < k1; ++k, from += record.size) {
+      copy(from + record.grad_key, item.grad_key + k * c.key_width, c.key_width);
+      copy(from + record.grad_value, item.grad_value + k * c.value_width, c.value_width);
+    }
+  }
+
+  static void copy(const float* from, float* to, int64_t width) {
+    for (int64_t d = 0; d < width; d += W) store(to + d, load(from + d));
   }
 
   void set_head(int64_t h) {
@@ -176,19 +194,37 @@ struct Run {
       const int32_t *entry = nullptr, *end = nullptr;
       if (c.offsets) {
         int64_t& cursor = scratch.cursor[block];
-        const int64_t stop = offsets[block + 1];
+        const int64_t stop = offsets[block + 1], limit = (k1 + c.block_k - 1) / c.block_k;
         entry = c.indices + cursor;
-        if (k1 >= c.kv_len) cursor = stop;
-        else while (cursor < stop && c.indices[cursor] * c.block_k < k1) ++cursor;
+        while (cursor + 16 <= stop && c.indices[cursor + 15] < limit) cursor += 16;
+        while (cursor < stop && c.indices[cursor] < limit) ++cursor;
         end = c.indices + cursor;
         if (entry == end) continue;
       }
+      if (block + 1 < last) prefetch_rows((block + 1) * c.block_q);
       const int64_t row_end = (block + 1) * c.block_q < c.q_len ? (block + 1) * c.block_q : c.q_len;
       for (int64_t row0 = block * c.block_q; row0 < row_end; row0 += W) {
         const int rows = row_end - row0 < W ? static_cast<int>(row_end - row0) : W;
         tile_of(row0, rows, stream(row0, rows, entry, end, k0, k1), importance);
       }
     }
+  }
+
+  // The rows of the tile after this one, which no loop has touched lately.
+  void prefetch_rows(int64_t row0) const {
+    const int64_t rows = c.block_q < W ? c.block_q : W;
+    for (int64_t i = row0; i < row0 + rows && i < c.q_len; ++i) {
+      prefetch_row(c.query, i, c.head_dim);
+      prefetch_row(c.grad_out, i, c.value_dim);
+      const float* sums = head.grad_query + i * c.key_width;
+      for (int64_t d = 0; d < c.key_width; d += 16) prefetch(sums + d);
+    }
+  }
+
+  void prefetch_row(const BackwardTensor& t, int64_t i, int64_t dim) const {
+    const int64_t bytes = element_bytes(t.type), start = at(t, item.b, head.h) + i * t.view.row;
+    const char* row = static_cast<const char*>(t.view.data) + start * bytes;
+    for (int64_t byte = 0; byte < dim * bytes; byte += 64) prefetch(row + byte);
   }
 
   void rewind(int64_t first, int64_t last) {
@@ -207,15 +243,14 @@ struct Run {
     const int64_t row1 = last * c.block_q < c.q_len ? last * c.block_q : c.q_len;
     row_sums(row0, row1);
     memset(head.grad_query + row0 * c.key_width, 0, static_cast<size_t>((row1 - row0) * c.key_width) * 4);
-    if (head.grad_key_importance) {
+    for (int pass = head.grad_key_importance ? 0 : 1; pass < 2; ++pass) {
       rewind(first, last);
-      range(first, last, 0, c.kv_len, true);
-    }
-    rewind(first, last);
-    for (int64_t k0 = 0; k0 < c.kv_len; k0 += c.keys_at_once) {
-      const int64_t k1 = k0 + c.keys_at_once < c.kv_len ? k0 + c.keys_at_once : c.kv_len;
-      if (first_head) clear_keys(k0, k1);
-      range(first, last, k0, k1, false);
+      for (int64_t k0 = 0; k0 < c.kv_len; k0 += c.keys_at_once) {
+        const int64_t k1 = k0 + c.keys_at_once < c.kv_len ? k0 + c.keys_at_once : c.kv_len;
+        load_keys(k0, k1, first_head);
+        range(first, last, k0, k1, pass == 0);
+        if (pass == 1) store_keys(k0, k1);
+      }
     }
     if (scratch.grad_query) {
       const int64_t out = ((item.b * c.heads + h) * c.q_len + row0) * c.head_dim;

@@ -12,11 +12,23 @@
 
 namespace sparseloom::SL_TIER {
 
+// What lies together for each key, so that a key costs one entry of the TLB: its row of K, of V, of
+// dK and of dV. One line is left free between keys: power-of-two distances share few cache sets.
+struct Record {
+  int value, grad_key, grad_value;
+  int64_t size;
+
+  explicit Record(const BackwardCall& c)
+      : value(static_cast<int>(c.key_width)),
+        grad_key(static_cast<int>(c.key_width + c.value_width)),
+        grad_value(static_cast<int>(2 * c.key_width + c.value_width)),
+        size(backward_record_floats(c)) {}
+};
+
 // One head of one item, everything in fp32.
 struct Head {
-  const float *key, *value;
-  ptrdiff_t key_stride, value_stride;
-  float *grad_key, *grad_value;     // strides: the widths
+  float* records;                   // of the keys from first_key on: see Record
+  int64_t first_key;
   float* grad_query;                // row 0 of the head; stride: the key width
   const float *lse2, *delta;        // by row; lse2 is +inf where a row has no key
   const float* grad_key_importance; // by key, or null
@@ -38,8 +50,7 @@ struct Buffers {
   float *p, *ds, *drop, *bias;            // by key and row
   float *lse2, *delta;
   int32_t* keys;
-  const float* at[BACKWARD_CHUNK];  // the rows of the chunk's keys, or values
-  float* to[BACKWARD_CHUNK];        // of their gradients
+  float* records[BACKWARD_CHUNK];         // of the keys
 
   Buffers(float* at, int64_t key_width, int64_t value_width) {
     const auto take = [&at](int64_t n) { float* p = at; at += n; return p; };
@@ -67,19 +78,20 @@ SL_INLINE void hide_later_keys(float* s, const int32_t* keys, int n, int64_t row
   }
 }
 
-// The rows of n keys, the last one repeated up to a whole vector of scores.
-template <int R, class T>
-SL_INLINE void place(T* base, int64_t stride, const int32_t* keys, int n, T** at) {
-  for (int k = 0; k < n; ++k) at[k] = base + keys[k] * stride;
+// The next keys and their records, the last one repeated up to a whole vector of scores.
+template <int R>
+SL_INLINE int next_keys(KeyStream& stream, const Head& head, int64_t size, Buffers& buffer) {
+  const int n = stream.fill(buffer.keys, BACKWARD_CHUNK);
+  for (int k = 0; k < n; ++k)
+    buffer.records[k] = head.records + (buffer.keys[k] - head.first_key) * size;
   if constexpr (R < W)
-    for (int k = n; k % (W / R) != 0; ++k) at[k] = at[n - 1];
+    for (int k = n; n > 0 && k % (W / R) != 0; ++k) buffer.records[k] = buffer.records[n - 1];
+  return n;
 }
 
 template <int R>
-SL_INLINE void tile_scores(const BackwardCall& c, const Head& head, Buffers& buffer, int n,
-                           int64_t row0) {
-  place<R>(head.key, head.key_stride, buffer.keys, n, buffer.at);
-  score_in_place<R>(buffer.packed_query, buffer.at, n, static_cast<int>(c.key_width), buffer.p);
+SL_INLINE void tile_scores(const BackwardCall& c, Buffers& buffer, int n, int64_t row0) {
+  score_keys<R>(buffer.packed_query, buffer.records, 0, n, static_cast<int>(c.key_width), buffer.p);
   if (c.causal) hide_later_keys<R>(buffer.p, buffer.keys, n, row0, c.kv_len - c.q_len);
 }
 
@@ -128,26 +140,25 @@ template <int R>
 static void tile_gradients(const BackwardCall& c, const Head& head, const Rows& tile,
                            Buffers& buffer, int64_t row0, int rows, KeyStream stream) {
   const int key_width = static_cast<int>(c.key_width), value_width = static_cast<int>(c.value_width);
-  int n = stream.fill(buffer.keys, BACKWARD_CHUNK);
+  const Record record(c);
+  int n = next_keys<R>(stream, head, record.size, buffer);
   if (n == 0) return;
   load_row_sums<R>(head, buffer, row0, rows);
   rows_to_lanes<R>(tile.query, tile.query_stride, key_width, buffer.packed_query);
   rows_to_lanes<R>(tile.grad_out, tile.grad_out_stride, value_width, buffer.packed_grad_out);
-  for (; n > 0; n = stream.fill(buffer.keys, BACKWARD_CHUNK)) {
-    place<R>(head.value, head.value_stride, buffer.keys, n, buffer.at);
-    score_in_place<R>(buffer.packed_grad_out, buffer.at, n, value_width, buffer.ds);
-    tile_scores<R>(c, head, buffer, n, row0);
+  for (; n > 0; n = next_keys<R>(stream, head, record.size, buffer)) {
+    float* const* keys = buffer.records;
+    score_keys<R>(buffer.packed_grad_out, keys, record.value, n, value_width, buffer.ds);
+    tile_scores<R>(c, buffer, n, row0);
     if (c.dropped || head.grad_key_importance) {
       fill_extras<R>(c, head, buffer, n, row0);
       differentiate_softmax<R, true>(c, buffer, n);
     } else {
       differentiate_softmax<R, false>(c, buffer, n);
     }
-    add_values<R>(buffer.ds, buffer.at, n, key_width, tile.grad_query, key_width);
-    place<W>(head.grad_key, c.key_width, buffer.keys, n, buffer.to);
-    scatter<R>(buffer.ds, tile.query, tile.query_stride, buffer.to, n, key_width);
-    place<W>(head.grad_value, c.value_width, buffer.keys, n, buffer.to);
-    scatter<R>(buffer.p, tile.grad_out, tile.grad_out_stride, buffer.to, n, value_width);
+    add_values<R>(buffer.ds, keys, n, key_width, tile.grad_query, key_width);
+    scatter<R>(buffer.ds, tile.query, tile.query_stride, keys, record.grad_key, n, key_width);
+    scatter<R>(buffer.p, tile.grad_out, tile.grad_out_stride, keys, record.grad_value, n, value_width);
   }
 }
 
@@ -158,8 +169,8 @@ static void tile_importance(const BackwardCall& c, const Head& head, const Rows&
                             float* delta) {
   load_row_sums<R>(head, buffer, row0, rows);
   rows_to_lanes<R>(tile.query, tile.query_stride, static_cast<int>(c.key_width), buffer.packed_query);
-  for (int n; (n = stream.fill(buffer.keys, BACKWARD_CHUNK)) > 0;) {
-    tile_scores<R>(c, head, buffer, n, row0);
+  for (int n; (n = next_keys<R>(stream, head, Record(c).size, buffer)) > 0;) {
+    tile_scores<R>(c, buffer, n, row0);
     const F lse2 = repeat<R>(buffer.lse2), scale2 = set1(c.scale * LOG2E);
     for (int at = 0; at < n * R; at += W)
       store(buffer.p + at, exp2(load(buffer.p + at) * scale2 - lse2));
