@@ -177,10 +177,10 @@ def test_ties_go_to_the_lowest_key(tier: str) -> None:
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("sharp", [0.3, 1.0, 6.0, 40.0])
+@pytest.mark.parametrize("sharp", [0.3, 1.5, 30.0])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_long_selections_retain_as_much(tier: str, pooling: str, sharp: float, bits: int) -> None:
-    q, k = codes_of(1, 2, 64, 3001, 16, bits)
+    q, k = codes_of(1, 1, 32, 3001, 16, bits)
     q = Coded(q.codes, q.scale * sharp)
     common: dict[str, Any] = {
         "sparsity": 0.9,
@@ -195,7 +195,7 @@ def test_long_selections_retain_as_much(tier: str, pooling: str, sharp: float, b
     expected, got = topk_mask(scores, **common), topk_of_codes(q, k, **common)
     assert torch.equal(got.offsets, expected.offsets)
     assert (got.to_block_bool() & expected.to_block_bool()).sum() >= 0.98 * expected.nnz
-    mass = scores.double().softmax(-1).unflatten(2, (8, 8)).sum(3)
+    mass = scores.double().softmax(-1).unflatten(2, (4, 8)).sum(3)
     kept = [(mass * mask.to_block_bool()).sum(-1) for mask in (got, expected)]
     assert ((kept[0] - kept[1]).abs() <= 1e-3 * kept[1]).all()
 

@@ -37,7 +37,9 @@ Tier detect() {
   __get_cpuid_count(7, 1, &a, &b, &c, &d);
   if (!(a & (1u << 5))) return Tier::avx512;  // AVX512_BF16
   __get_cpuid_count(7, 0, &a, &b, &c, &d);
-  const bool tiles = (d & (1u << 22)) && (d & (1u << 24)) && (d & (1u << 25));
+  // AMX for BF16 and INT8; with it come AVX512-FP16, VBMI and VBMI2.
+  const bool tiles = (d & (1u << 22)) && (d & (1u << 24)) && (d & (1u << 25)) &&
+                     (d & (1u << 23)) && (c & (1u << 1)) && (c & (1u << 6));
   return tiles && request_amx() ? Tier::amx : Tier::avx512_bf16;
 }
 

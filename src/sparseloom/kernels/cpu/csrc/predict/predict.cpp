@@ -93,13 +93,17 @@ long select(const SelectArgs& args, int threads) {
     for (long b = different; b < args.batch; ++b) maps[static_cast<size_t>(b)] = maps[0];
   }
 
-  const long pairs = args.batch * args.heads, depth = padded_depth(args.width);
-  const long panels = round_up(args.kv_len, PANEL) / PANEL;
+  const long pairs = args.batch * args.heads;
+  const int largest = kernels.largest(args.k, pairs * args.kv_len * args.width);
+  const int largest_q = kernels.largest(args.q, pairs * args.q_len * args.width);
+  const int offset = kernels.offset(args.width, largest, largest_q);
+  const long depth = padded_depth(args.width);
+  const long panels = round_up(args.kv_len, 2 * PANEL) / PANEL;
   auto* packed = arena.take<int8_t>(pairs * panels * PANEL * depth);
   auto* sums = arena.take<int32_t>(pairs * panels * PANEL);
   const auto keys_of = [&](long pair) {
-    return Keys{packed + pair * panels * PANEL * depth, sums + pair * panels * PANEL, depth, panels,
-                maps[static_cast<size_t>(pair / args.heads)]};
+    return Keys{packed + pair * panels * PANEL * depth, sums + pair * panels * PANEL, depth, offset,
+                largest, largest_q, maps[static_cast<size_t>(pair / args.heads)]};
   };
   constexpr long some = 64;  // panels
   const long parts = (panels + some - 1) / some;
@@ -108,9 +112,8 @@ long select(const SelectArgs& args, int threads) {
     for (long item; (item = next.fetch_add(1)) < pairs * parts;) {
       const long pair = item / parts, from = item % parts * some;
       const Keys keys = keys_of(pair);
-      kernels.pack(args.k + pair * args.kv_len * args.width, args.width, keys.map, from,
-                   from + some < panels ? from + some : panels, depth,
-                   const_cast<int8_t*>(keys.codes), const_cast<int32_t*>(keys.sums));
+      kernels.pack(args.k + pair * args.kv_len * args.width, args.width, keys, from,
+                   from + some < panels ? from + some : panels, const_cast<int8_t*>(keys.codes), const_cast<int32_t*>(keys.sums));
     }
   });
 
@@ -119,10 +122,12 @@ long select(const SelectArgs& args, int threads) {
   const long groups = (blocks + together - 1) / together, items = pairs * groups;
   const int workers = static_cast<int>(items < threads ? items : threads);
   std::vector<Room> rooms;
+  std::vector<Guess> guesses(static_cast<size_t>(workers));
   const long stride = row_stride(args.kv_len);
   for (int worker = 0; worker < workers; ++worker)
     rooms.push_back({arena.take<int32_t>((ROWS + 1) * stride), arena.take<int32_t>(stride),
-                     arena.take<int8_t>(ROWS * depth), stride});
+                     arena.take<int8_t>(ROWS * depth), &guesses[static_cast<size_t>(worker)],
+                     stride});
   next = 0;
   parallel(workers, [&](int worker) {
     kernels.begin(depth);

@@ -78,8 +78,16 @@ struct KeyMap {
 struct Keys {  // of one batch entry and head
   const int8_t* codes;  // packed
   const int32_t* sums;
-  long depth, panels;
+  long depth;
+  int offset;  // what is added to every code, to make them unsigned bytes; or 0
+  int largest, largest_q;  // largest codes of keys and of queries
   KeyMap map;
+};
+
+// Where the last search for a level ended: rows that follow each other end nearby.
+struct Guess {
+  int level = 0;
+  float slope = 0.1f;  // numbers per step of level
 };
 
 // What one thread works in. Rows are `stride` numbers apart.
@@ -87,6 +95,7 @@ struct Room {
   int32_t* scores;    // (ROWS + 1) rows
   int32_t* candidates;  // stride
   int8_t* rows;       // (ROWS, depth)
+  Guess* guess;
   long stride;
 };
 
@@ -97,8 +106,11 @@ struct PredictKernels {
   // Rows first ... first + count - 1 (count <= ROWS) of batch entry b; false: a number is not finite.
   bool (*encode)(const EncodeArgs& args, long b, long first, long count, int8_t* codes,
                  int32_t* products, float* low);
-  void (*pack)(const int8_t* codes, long width, const KeyMap& map, long first_panel,
-               long last_panel, long depth, int8_t* packed, int32_t* sums);
+  int (*largest)(const int8_t* codes, long count);
+  // What is added to keys (`Keys`) with such largest codes.
+  int (*offset)(long width, int largest, int largest_q);
+  void (*pack)(const int8_t* codes, long width, const Keys& keys, long first_panel,
+               long last_panel, int8_t* packed, int32_t* sums);
   // The query blocks first ... last - 1; at most max(1, ROWS / bq) of them.
   void (*select)(const SelectArgs& args, const Keys& keys, long b, long h, long first, long last,
                  const Room& room);

@@ -1,4 +1,5 @@
 // One query block after another: products, pooling, selection.
+#include "fast_select.hpp"
 #include "pool.hpp"
 #include "top.hpp"
 
@@ -7,24 +8,77 @@ namespace {
 
 constexpr int32_t MUST = INT32_MAX, NEVER = INT32_MIN;
 
-void pack(const int8_t* codes, long width, const KeyMap& map, long first_panel, long last_panel,
-          long depth, int8_t* packed, int32_t* sums) {
+int largest_code(const int8_t* codes, long count) {
+  int low = 0, high = 0;
+  for (long i = 0; i < count; ++i) {
+    low = codes[i] < low ? codes[i] : low;
+    high = codes[i] > high ? codes[i] : high;
+  }
+  return -low > high ? -low : high;
+}
+
+int offset_of(long width, int largest, int largest_q) {
+#if SL_FAST
+  if (largest && largest_q && largest_q < 128 && largest < 128 && largest * largest_q * width < 16000)
+    return largest;
+#endif
+  (void)width, (void)largest, (void)largest_q;
+  return 0;
+}
+
+// Which key stands in a column of packed codes. With AVX512-FP16 two panels share 32 keys such that
+// their scores pack to 16 bits in order.
+SL_INLINE long key_at(long panel, long column) {
+#if SL_FAST
+  return panel / 2 * 32 + column / 4 * 8 + panel % 2 * 4 + column % 4;
+#else
+  return panel * PANEL + column;
+#endif
+}
+
+void pack(const int8_t* codes, long width, const Keys& keys, long first_panel, long last_panel,
+          int8_t* packed, int32_t* sums) {
+  const KeyMap& map = keys.map;
   for (long panel = first_panel; panel < last_panel; ++panel) {
-    int8_t* to = packed + panel * depth * PANEL;
-    memset(to, 0, static_cast<size_t>(depth * PANEL));
+    int8_t* to = packed + panel * keys.depth * PANEL;
+    memset(to, 0, static_cast<size_t>(keys.depth * PANEL));
     for (long c = 0; c < PANEL; ++c) {
-      const long key = panel * PANEL + c;
+      const long key = key_at(panel, c);
       int32_t total = 0;
       if (key < map.count) {
         const int8_t* from = codes + (map.place ? map.place[key] : key) * width;
-        for (long i = 0; i < width; ++i) {
-          to[i / 4 * 4 * PANEL + c * 4 + i % 4] = from[i];
-          total += from[i];
-        }
+        long i = 0;
+        for (; i + 4 <= width; i += 4) memcpy(to + i * PANEL + c * 4, from + i, 4);
+        for (; i < width; ++i) to[i / 4 * 4 * PANEL + c * 4 + i % 4] = from[i];
+        if (BIAS)
+          for (i = 0; i < width; ++i) total += from[i];
       }
-      sums[key] = 128 * total;
+      sums[panel * PANEL + c] = 128 * total;
+    }
+    if (keys.offset)
+      for (long i = 0; i < keys.depth * PANEL; ++i) to[i] = static_cast<int8_t>(to[i] + keys.offset);
+  }
+}
+
+// Scores of panels that share their keys, to the order of the keys, without the keys' offset.
+void in_order(const Keys& keys, const int8_t* rows, int32_t* scores, long stride, long panels) {
+#if SL_FAST
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (long r = 0; r < ROWS; ++r) {
+    int total = 0;
+    for (long i = 0; i < keys.depth; ++i) total += rows[r * keys.depth + i];
+    const __m512i extra = _mm512_set1_epi32(keys.offset * total);
+    for (int32_t* x = scores + r * stride, *end = x + panels * PANEL; x < end; x += 32) {
+      const __m512i a = _mm512_sub_epi32(_mm512_loadu_si512(x), extra);
+      const __m512i b = _mm512_sub_epi32(_mm512_loadu_si512(x + 16), extra);
+      _mm512_storeu_si512(x, _mm512_permutex2var_epi32(a, low, b));
+      _mm512_storeu_si512(x + 16, _mm512_permutex2var_epi32(a, high, b));
     }
   }
+#else
+  (void)keys, (void)rows, (void)scores, (void)stride, (void)panels;
+#endif
 }
 
 // The rows first ... first + count - 1 as products want them, ROWS of them.
@@ -104,8 +158,10 @@ long score(const SelectArgs& args, const Keys& keys, long b, long h, long first,
            const Room& room) {
   const long n = seen(args, keys.map, first + count - 1);
   copy_rows(args, b, h, first, count, room, keys.depth);
-  product(room.rows, keys.depth, keys.codes, keys.sums, round_up(n, PANEL) / PANEL, room.scores,
-          room.stride);
+  const long panels = round_up(n, 2 * PANEL) / PANEL;
+  product(room.rows, keys.depth, keys.codes, keys.sums, panels, room.scores, room.stride,
+          keys.offset != 0);
+  in_order(keys, room.rows, room.scores, room.stride, panels);
   return n;
 }
 
@@ -234,13 +290,19 @@ void select_above(const SelectArgs& args, const Keys& keys, long b, long h, long
 
 void select_blocks(const SelectArgs& args, const Keys& keys, long b, long h, long first, long last,
                    const Room& room) {
+#if SL_FAST
+  const bool done = keys.depth == 16 ? select_fast<16>(args, keys, b, h, first, last, room)
+                    : keys.depth == 32 ? select_fast<32>(args, keys, b, h, first, last, room)
+                                       : select_fast<0>(args, keys, b, h, first, last, room);
+  if (done) return;
+#endif
   if (args.thresholds) select_above(args, keys, b, h, first, last, room);
   else select_top(args, keys, b, h, first, last, room);
 }
 
 }  // namespace
 
-extern const PredictKernels predict_kernels = {begin_products, end_products, encode_rows, pack,
-                                               select_blocks};
+extern const PredictKernels predict_kernels = {begin_products, end_products, encode_rows,
+                                               largest_code, offset_of, pack, select_blocks};
 
 }  // namespace sparseloom::SL_TIER

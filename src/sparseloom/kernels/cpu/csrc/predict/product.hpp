@@ -6,12 +6,25 @@
 
 namespace sparseloom::SL_TIER {
 
+// Scores in 16 bits (`fast.hpp`). Processors with AMX have these extensions too; compilers may not.
+#if SL_AMX && defined(__AVX512FP16__) && defined(__AVX512VBMI2__)
+#define SL_FAST 1
+#else
+#define SL_FAST 0
+#endif
+
 // VNNI multiplies unsigned by signed codes: rows are stored with 128 added.
 #if SL_AVX512 && !SL_AMX
 constexpr int8_t BIAS = static_cast<int8_t>(-128);
 #else
 constexpr int8_t BIAS = 0;
 #endif
+
+SL_INLINE int32_t four(const int8_t* p) {
+  int32_t x;
+  memcpy(&x, p, 4);
+  return x;
+}
 
 #if SL_AMX
 
@@ -29,7 +42,7 @@ static void begin_products(long depth) {
   TileConfig config = {};
   config.palette = 1;
   for (int tile = 0; tile < 5; ++tile) {
-    config.rows[tile] = static_cast<uint8_t>(tile < 3 ? ROWS : bytes / 4);
+    config.rows[tile] = static_cast<uint8_t>(tile == 3 || tile == 4 ? bytes / 4 : ROWS);
     config.bytes[tile] = static_cast<uint16_t>(tile == 2 ? bytes : 64);
   }
   asm volatile("" : : "r"(&config) : "memory");  // GCC's intrinsic reads but eight bytes of it
@@ -38,8 +51,9 @@ static void begin_products(long depth) {
 static void end_products() { _tile_release(); }
 
 // out[r * stride + c] for ROWS rows and the columns of `panels` panels.
-static void product(const int8_t* rows, long depth, const int8_t* codes, const int32_t*,
-                    long panels, int32_t* out, long stride) {
+template <bool UNSIGNED>
+static void products(const int8_t* rows, long depth, const int8_t* codes, long panels, int32_t* out,
+                     long stride) {
   const long bytes = tile_depth(depth), size = depth * PANEL;
   const int row_step = static_cast<int>(stride * 4);
   asm volatile("" : : : "memory");  // nor does it say that loading tiles reads memory
@@ -52,8 +66,13 @@ static void product(const int8_t* rows, long depth, const int8_t* codes, const i
       _tile_loadd(2, rows + at, static_cast<int>(depth));
       _tile_loadd(3, b, 64);
       _tile_loadd(4, b + size, 64);
-      _tile_dpbssd(0, 2, 3);
-      _tile_dpbssd(1, 2, 4);
+      if (UNSIGNED) {
+        _tile_dpbsud(0, 2, 3);
+        _tile_dpbsud(1, 2, 4);
+      } else {
+        _tile_dpbssd(0, 2, 3);
+        _tile_dpbssd(1, 2, 4);
+      }
     }
     _tile_stored(0, out + panel * PANEL, row_step);
     _tile_stored(1, out + (panel + 1) * PANEL, row_step);
@@ -63,10 +82,18 @@ static void product(const int8_t* rows, long depth, const int8_t* codes, const i
     for (long at = 0; at < depth; at += bytes) {
       _tile_loadd(2, rows + at, static_cast<int>(depth));
       _tile_loadd(3, codes + panel * size + at * PANEL, 64);
-      _tile_dpbssd(0, 2, 3);
+      if (UNSIGNED) _tile_dpbsud(0, 2, 3);
+      else _tile_dpbssd(0, 2, 3);
     }
     _tile_stored(0, out + panel * PANEL, row_step);
   }
+}
+
+// `plus`: the packed codes are unsigned.
+static void product(const int8_t* rows, long depth, const int8_t* codes, const int32_t*,
+                    long panels, int32_t* out, long stride, bool plus = false) {
+  if (plus) products<true>(rows, depth, codes, panels, out, stride);
+  else products<false>(rows, depth, codes, panels, out, stride);
 }
 
 #else
@@ -74,10 +101,8 @@ static void product(const int8_t* rows, long depth, const int8_t* codes, const i
 static void begin_products(long) {}
 static void end_products() {}
 
-SL_INLINE int32_t four(const int8_t* p) { int32_t x; memcpy(&x, p, 4); return x; }
-
 static void product(const int8_t* rows, long depth, const int8_t* codes, const int32_t* sums,
-                    long panels, int32_t* out, long stride) {
+                    long panels, int32_t* out, long stride, bool = false) {
   for (long panel = 0; panel < panels; ++panel) {
     const int8_t* b = codes + panel * depth * PANEL;
     int32_t* to = out + panel * PANEL;
