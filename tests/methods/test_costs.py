@@ -117,10 +117,10 @@ def test_sparser_pays_and_denser_does_not(use: Any) -> None:
         sparsity: costs.pays(dataclasses.replace(METHOD, sparsity=sparsity), inputs)
         for sparsity in (0.2, 0.5, 0.7, 0.9)
     }
-    # 2 (1 - sparsity) + 0.0125 <= 1
+    # 2 (1 - sparsity) + 0.0125 <= 0.9
     assert verdicts == {0.2: False, 0.5: False, 0.7: True, 0.9: True}
     fine = dataclasses.replace(METHOD, block_size=(1, 1))
-    assert costs.pays(fine, inputs)  # 8 · 0.1 + 0.1
+    assert costs.pays(dataclasses.replace(fine, sparsity=0.95), inputs)  # 8 · 0.05 + 0.1
     assert not costs.pays(dataclasses.replace(fine, sparsity=0.85), inputs)
     assert not costs.pays(METHOD, inputs_of(24))  # 16 keys are the least that a query keeps
 
@@ -178,8 +178,8 @@ def test_a_predictor_that_the_backend_does_not_take_runs_dense(
 
 def test_the_least_sparsity_that_pays(use: Any) -> None:
     use(table())
-    # 2 (1 - sparsity) + 0.0125 <= 1 where every row keeps ⌈(1 - sparsity) · 1024⌉ keys
-    assert costs.crossover(METHOD, SHAPE, "float32") == 0.51
+    # 2 (1 - sparsity) + 0.0125 <= 0.9 where every row keeps ⌈(1 - sparsity) · 1024⌉ keys
+    assert costs.crossover(METHOD, SHAPE, "float32") == 0.56
     assert costs.crossover(METHOD, SHAPE, "bfloat16") is None
     use(table(select={"1x1": {"call": 1e12}}))
     assert costs.crossover(METHOD, SHAPE, "float32") is None

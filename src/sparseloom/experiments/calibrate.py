@@ -25,7 +25,9 @@ from sparseloom.experiments.bench_masks import random_mask
 from sparseloom.experiments.timing import interleave
 from sparseloom.kernels import attention, available_backends
 from sparseloom.kernels.cpu import native
-from sparseloom.methods import Work, costs
+from sparseloom.methods import DynamicSparse, Work, costs
+from sparseloom.methods.predictor import predictor_width
+from sparseloom.methods.selection import kept_blocks
 from sparseloom.results import machine_facts, versions
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
@@ -301,9 +303,18 @@ def _block(point: Point) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _work(case: AttentionCase, projection: float) -> Work:
-    found = untrained(case, 0, projection).work(case.shape)
-    assert found is not None
-    return found
+    """What `untrained(case, …)` would leave to do, without making its predictor."""
+    settings = DynamicSparse(block_size=case.block_size, sparsity=case.sparsity)
+    kept = kept_blocks(
+        case.q_len,
+        case.kv_len,
+        case.block_size,
+        is_causal=case.causal,
+        sparsity=case.sparsity,
+        minimum_keys=settings.minimum_keys,
+    )
+    width = predictor_width(case.head_dim, projection, rotary=False)
+    return Work(case.block_size, kept, width, settings.bits)
 
 
 def _all_kept(case: AttentionCase) -> AttentionCase:
