@@ -15,6 +15,9 @@ hold −inf as scores and 0 as probabilities. Values are fp32 (fp64 for fp64 inp
 The mask must have the batch and heads of the query: shared ones are spread by ``mask.expand``.
 Tiles are gathered in chunks, so the extra memory is bounded; gradients of any order are the same
 three operations again (the derivative of SDDMM is SpMM, and the other way round).
+
+On a CPU, without gradients and in fp32 or less, the C++ library computes the three where it is
+there; the PyTorch forms here define what it returns.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from sparseloom.kernels.common import CHUNK_ELEMENTS, accumulation_dtype, blocked
+from sparseloom.kernels.cpu import unfused as cpu
 from sparseloom.mask import SparseMask
 
 
@@ -57,9 +61,14 @@ def sddmm(
     _check_fit(mask, key, "key", rows=mask.kv_len, heads=None)
     if query.shape[3] != key.shape[3]:
         raise ValueError(f"key must have head_dim {query.shape[3]} as query, got {key.shape[3]}")
+    _check_padding(key_padding, mask)
     bq, bk = mask.block_size
     dtype = accumulation_dtype(query.dtype)
     scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
+    if _native(mask, query, key):
+        return cpu.sddmm(
+            query, key, mask, is_causal=is_causal, key_padding=key_padding, scale=scale
+        )
     rows = mask.entry_rows()
     scores = _tile_products(
         blocked(query.to(dtype) * scale, bq),
@@ -80,6 +89,8 @@ def sparse_softmax(
         ValueError: ``values`` do not belong to the mask.
     """
     _check_values(values, mask)
+    if values.dtype == torch.float32 and _native(mask, values):
+        return cpu.sparse_softmax(values, mask)
     rows = mask.entry_rows()
     count = mask.offsets[..., 1:].numel()
     tops = values.new_full((count, mask.block_size[0]), -torch.inf)
@@ -112,6 +123,8 @@ def spmm(
     """
     _check_values(values, mask)
     _check_fit(mask, value, "value", rows=mask.kv_len, heads=None)
+    if values.dtype == torch.float32 and _native(mask, values, value):
+        return cpu.spmm(values, mask, value)
     rows = mask.entry_rows()
     out = _tile_sums(
         values,
@@ -210,17 +223,27 @@ def _forbidden(
     if is_causal:
         forbidden |= key > query + (mask.kv_len - mask.q_len)
     if key_padding is not None:
-        if key_padding.dtype != torch.bool:
-            raise TypeError(f"key_padding must be bool (True = attend), got {key_padding.dtype}")
-        if key_padding.shape != (mask.batch, mask.kv_len):
-            raise ValueError(
-                f"key_padding must have shape {(mask.batch, mask.kv_len)}, "
-                f"got {tuple(key_padding.shape)}"
-            )
         batch = rows // (mask.q_blocks * mask.heads)
         inside = key.clamp(max=mask.kv_len - 1)
         forbidden |= ~key_padding[batch[:, None, None], inside]
     return forbidden
+
+
+def _native(mask: SparseMask, *tensors: Tensor) -> bool:
+    """Whether the C++ library takes the step."""
+    return not torch.compiler.is_compiling() and mask.nnz > 0 and cpu.takes(*tensors)
+
+
+def _check_padding(key_padding: Tensor | None, mask: SparseMask) -> None:
+    if key_padding is None:
+        return
+    if key_padding.dtype != torch.bool:
+        raise TypeError(f"key_padding must be bool (True = attend), got {key_padding.dtype}")
+    if key_padding.shape != (mask.batch, mask.kv_len):
+        raise ValueError(
+            f"key_padding must have shape {(mask.batch, mask.kv_len)}, "
+            f"got {tuple(key_padding.shape)}"
+        )
 
 
 def _check_fit(

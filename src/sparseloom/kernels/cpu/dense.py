@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from sparseloom.kernels.common import AttentionCall, ForwardResult
 from sparseloom.kernels.cpu import native
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from sparseloom.kernels.cpu.tensors import TYPES, address, rows, view
 
 
 def forward(call: AttentionCall, lse: bool, importance: bool) -> ForwardResult:
@@ -24,7 +22,7 @@ def forward(call: AttentionCall, lse: bool, importance: bool) -> ForwardResult:
     """
     assert call.indices is None
     assert call.dropout_p == 0.0
-    query, key, value = (_rows(t) for t in (call.query, call.key, call.value))
+    query, key, value = (rows(t.detach()) for t in (call.query, call.key, call.value))
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len, value_dim = value.shape[1:]
     padding = None if call.key_padding is None else call.key_padding.contiguous()
@@ -33,10 +31,10 @@ def forward(call: AttentionCall, lse: bool, importance: bool) -> ForwardResult:
     columns = torch.empty(batch, heads, kv_len) if importance else None
     magnitude = torch.empty(batch, heads, q_len) if importance else None
     native.library().dense_forward(
-        _TYPES[query.dtype],
-        _view(query),
-        _view(key),
-        _view(value),
+        TYPES[query.dtype],
+        view(query),
+        view(key),
+        view(value),
         out.data_ptr(),
         batch,
         heads,
@@ -45,12 +43,12 @@ def forward(call: AttentionCall, lse: bool, importance: bool) -> ForwardResult:
         kv_len,
         head_dim,
         value_dim,
-        _address(padding),
+        address(padding),
         call.is_causal,
         call.scale,
-        _address(sums),
-        _address(columns),
-        _address(magnitude),
+        address(sums),
+        address(columns),
+        address(magnitude),
         torch.get_num_threads(),
     )
     return ForwardResult(
@@ -59,17 +57,3 @@ def forward(call: AttentionCall, lse: bool, importance: bool) -> ForwardResult:
         key_importance=columns,
         head_importance=None if magnitude is None else magnitude.sum(-1),
     )
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with the elements of each row next to each other."""
-    return tensor.detach() if tensor.stride(3) == 1 else tensor.detach().contiguous()
-
-
-def _view(tensor: Tensor) -> tuple[int, int, int, int]:
-    batch, head, row, _ = tensor.stride()
-    return tensor.data_ptr(), batch, head, row
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

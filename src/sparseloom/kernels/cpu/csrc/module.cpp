@@ -12,6 +12,7 @@ void bind_peaks(nb::module_& m);
 void bind_decode(nb::module_& m);
 void bind_facts(nb::module_& m);
 void bind_dense(nb::module_& m);
+void bind_unfused(nb::module_& m);
 void bind_predict(nb::module_& m);
 }  // namespace sparseloom
 
@@ -26,5 +27,6 @@ NB_MODULE(_native, m) {
   bind_decode(m);
   bind_facts(m);
   bind_dense(m);
+  bind_unfused(m);
   bind_predict(m);
 }

@@ -114,12 +114,12 @@ SL_INLINE void transpose16(__m512 rows[16]) {
 }
 #endif
 
-// lanes[d][lane] = factor * rows[lane][d], 0 in the lanes from count on.
+// lanes[d][lane] = factor * rows[lane][d], 0 in the lanes from count to width (of whole vectors).
 template <class T>
 static inline void pack_lanes(const T* const* rows, int count, int64_t dim, float factor,
-                              float* lanes) {
+                              float* lanes, int width = QB) {
 #if SL_AVX512
-  for (int lane = 0; lane < QB; lane += 16)
+  for (int lane = 0; lane < width; lane += 16)
     for (int64_t d = 0; d < dim; d += 16) {
       const int n = dim - d < 16 ? static_cast<int>(dim - d) : 16;
       __m512 tile[16];
@@ -130,7 +130,7 @@ static inline void pack_lanes(const T* const* rows, int count, int64_t dim, floa
       for (int i = 0; i < n; ++i) _mm512_storeu_ps(lanes + (d + i) * QB + lane, tile[i]);
     }
 #else
-  for (int lane = 0; lane < QB; ++lane)
+  for (int lane = 0; lane < width; ++lane)
     for (int64_t d = 0; d < dim; ++d)
       lanes[d * QB + lane] = lane < count ? factor * to_float(rows[lane][d]) : 0.0f;
 #endif
