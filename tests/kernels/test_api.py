@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseloom import kernels
-from sparseloom.kernels import AttentionOutput, attention, flex, ops
+from sparseloom.kernels import AttentionOutput, attention, cpu, flex, ops
 from sparseloom.mask import SparseMask
 
 # The package's own checks are under test here, not those of the annotations.
@@ -88,7 +88,7 @@ _Q, _K, _V = _inputs()
             (_Q, _K, _V),
             {"backend": "flux"},
             ValueError,
-            "unknown backend 'flux'; did you mean 'flex'.*auto, dense, flex, reference",
+            "unknown backend 'flux'; did you mean 'flex'.*auto, dense, cpu, flex, reference",
         ),
     ],
 )
@@ -168,7 +168,9 @@ def test_auto_takes_flex_only_where_it_can_run_and_pays(monkeypatch: pytest.Monk
 
 def test_available_backends_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex, "unavailable", lambda: "no C++ compiler")
-    expected = {"dense": None, "flex": "no C++ compiler", "reference": None}
+    monkeypatch.setattr(cpu, "unavailable", lambda: "it was not built")
+    missing = {"cpu": "it was not built", "flex": "no C++ compiler"}
+    expected = {"dense": None, **missing, "reference": None}
     assert kernels.available_backends() == expected
 
 

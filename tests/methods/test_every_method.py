@@ -189,7 +189,7 @@ def test_shape_counts_the_allowed_pairs() -> None:
         ("dynamic:rotary=yes", "rotary must be true or false, got 'yes'"),
         ("dynamic:projection=0", r"projection must be in \(0, 1\], got 0.0"),
         ("dynamic:selection=best", "selection must be one of 'topk', 'threshold', got 'best'"),
-        ("dynamic:pooling=mean", "pooling must be one of 'mass', 'max', got 'mean'"),
+        ("dynamic:pooling=sum", "pooling must be one of 'mass', 'max', 'mean', got 'sum'"),
         ("dynamic:minimum_keys=0", "minimum_keys must be an integer of at least 1, got 0"),
         ("oracle", "exactly one of sparsity and threshold must be given, got neither"),
         ("oracle:sparsity=0.5,threshold=0.1", "got sparsity=0.5 and threshold=0.1"),
