@@ -8,8 +8,7 @@ from torch import Tensor
 
 from sparseloom.kernels.common import AttentionCall
 from sparseloom.kernels.cpu import native
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from sparseloom.kernels.cpu.tensors import TYPES, address, rows, view
 
 
 def backward(
@@ -34,13 +33,13 @@ def backward(
     """
     query, key, value = call.query, call.key, call.value
     dtype = query.dtype
-    if dtype not in _TYPES:
+    if dtype not in TYPES:
         raise TypeError(f"query must be fp32, bf16 or fp16, got {dtype}")
     if grad_head_importance is not None:
         grad_out = grad_out.float() + out.sign().float() * grad_head_importance[..., None, None]
     # Addresses go to the library: these names keep the tensors behind them alive.
-    views = [_rows(t) for t in (query, key, value, out, grad_out)]
-    rows = [_fp32(t) for t in (lse, grad_lse, grad_key_importance)]
+    tensors = [_typed(t) for t in (query, key, value, out, grad_out)]
+    sums = [_fp32(t) for t in (lse, grad_lse, grad_key_importance)]
     grads = (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
     indices, offsets, padding = (
         None if t is None else t.contiguous()
@@ -49,13 +48,13 @@ def backward(
     mask = (1, 1, 1, 1) if offsets is None else (*offsets.shape[:2], *call.block_size)
     seed = 0 if call.seed is None else int(call.seed) % (1 << 64)
     native.library().backward(
-        *(_strided(t) for t in views),
-        *(_address(t) for t in rows),
+        *((*view(t), TYPES[t.dtype]) for t in tensors),
+        *(address(t) for t in sums),
         [t.data_ptr() for t in grads],
         [*query.shape[:2], key.shape[1], query.shape[2], *key.shape[2:], value.shape[3]],
-        *(_address(t) for t in (indices, offsets)),
+        *(address(t) for t in (indices, offsets)),
         mask,
-        _address(padding),
+        address(padding),
         call.is_causal,
         call.scale,
         seed,
@@ -67,21 +66,10 @@ def backward(
     return grads
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with neighbouring dims adjacent, of a type that the library reads."""
-    if tensor.dtype not in _TYPES:
-        tensor = tensor.float()
-    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+def _typed(tensor: Tensor) -> Tensor:
+    """The tensor in a type that the library reads, neighbouring dims adjacent."""
+    return rows(tensor if tensor.dtype in TYPES else tensor.float())
 
 
 def _fp32(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
-
-
-def _strided(tensor: Tensor) -> tuple[int, int, int, int, int]:
-    batch, head, row, _ = tensor.stride()
-    return tensor.data_ptr(), batch, head, row, _TYPES[tensor.dtype]
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
