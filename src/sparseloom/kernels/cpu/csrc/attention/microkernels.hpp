@@ -164,9 +164,13 @@ SL_INLINE void value_block(const float* weights, const float* const* values, int
     for (int v = 0; v < NV; ++v) value[v] = load(row + v * W);
 #pragma GCC unroll 8
     for (int r = 0; r < RT; ++r) {
+      if constexpr (NV == 1) {
+        acc[r][0] = fma_repeat(value[0], weights + k * R + r, acc[r][0]);
+        continue;
+      }
+      const F weight = set1(weights[k * R + r]);  // one load for all of them
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v)
-        acc[r][v] = fma_repeat(value[v], weights + k * R + r, acc[r][v]);
+      for (int v = 0; v < NV; ++v) acc[r][v] = fma(weight, value[v], acc[r][v]);
     }
   }
 #pragma GCC unroll 8

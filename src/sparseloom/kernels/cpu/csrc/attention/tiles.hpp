@@ -46,7 +46,8 @@ SL_INLINE void configure_tiles() {
   shape(SL_SUM_LOW, R, 64);
   shape(SL_SUM_HIGH, R, 64);
   tile_fence();
-  _tile_loadconfig(&config);
+  // GCC's _tile_loadconfig says that it reads 8 bytes: the other stores may then be left out.
+  asm volatile("ldtilecfg %0" : : "m"(config));
 }
 
 // R rows of 16 numbers of 32 bits each to [number][R], or back with `back`.

@@ -36,7 +36,8 @@ SL_INLINE void configure_tiles() {
   TileConfig config;
   for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
   asm volatile("" : : "r"(&config) : "memory");  // GCC takes only its first bytes for an input
-  _tile_loadconfig(&config);
+  // GCC's _tile_loadconfig says that it reads 8 bytes: the other stores may then be left out.
+  asm volatile("ldtilecfg %0" : : "m"(config));
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);

@@ -46,7 +46,8 @@ static void begin_products(long depth) {
     config.bytes[tile] = static_cast<uint16_t>(tile == 2 ? bytes : 64);
   }
   asm volatile("" : : "r"(&config) : "memory");  // GCC's intrinsic reads but eight bytes of it
-  _tile_loadconfig(&config);
+  // GCC's _tile_loadconfig says that it reads 8 bytes: the other stores may then be left out.
+  asm volatile("ldtilecfg %0" : : "m"(config));
 }
 static void end_products() { _tile_release(); }
 
