@@ -110,52 +110,54 @@ SL_INLINE void prefetch_rows(const Work& w, const View& view, const int32_t* key
 // While keys k ... k + 15 are scored: their values, and the keys two steps on.
 template <class T>
 SL_INLINE void prefetch_step(const Work& w, const int32_t* keys, int k, int n) {
-  const int ahead = k + 2 * KEY_TILE;
+  const int ahead = k + 2 * KEY_STEP;
   if (ahead < n)
-    prefetch_rows<T, false>(w, w.args.key, keys + ahead, smaller(KEY_TILE, n - ahead),
+    prefetch_rows<T, false>(w, w.args.key, keys + ahead, smaller(KEY_STEP, n - ahead),
                             w.args.head_dim);
-  prefetch_rows<T, true>(w, w.args.value, keys + k, smaller(KEY_TILE, n - k), w.args.value_dim);
+  prefetch_rows<T, true>(w, w.args.value, keys + k, smaller(KEY_STEP, n - k), w.args.value_dim);
+}
+
+// Keys up to which whole vectors (or tiles) of scores reach.
+template <class T, int R>
+constexpr int padded_keys(int n) {
+  constexpr int STEP = by_tiles<T, R>() ? KEY_STEP : W / R;
+  return (n + STEP - 1) / STEP * STEP;
 }
 
 // Scores (times log2 e) of a tile and n keys, -inf where causality forbids the pair and beyond n.
+// Returns the largest per lane.
 template <class T, int R>
-F score_keys(const Work& w, const Tile& tile, const int32_t* keys, int n, float* out) {
+F tile_scores(const Work& w, const Tile& tile, const int32_t* keys, int n, float* out) {
   const ForwardArgs& a = w.args;
   const float lowest = -__builtin_inff();
-  F highest = set1(lowest);
-  const float* rows[KEY_CHUNK];
-#if SL_AMX
-  if constexpr (by_tiles<T, R>()) {
-    for (int k = 0; k < n; k += KEY_CHUNK) {
-      const int count = smaller(KEY_CHUNK, n - k);
-      for (int i = 0; i < count; i += KEY_TILE) prefetch_step<T>(w, keys, k + i, n);
-      score_tiles<R>(w, tile, keys + k, count, out + k * R, highest);
-    }
-  } else
-#endif
   for (int k = 0; k < n; k += KEY_CHUNK) {
-    const int count = smaller(KEY_CHUNK, n - k), full = int(round_up(count, KEY_TILE));
+    const int count = smaller(KEY_CHUNK, n - k);
+#if SL_AMX
+    if constexpr (by_tiles<T, R>()) {
+      for (int i = 0; i < count; i += KEY_STEP) prefetch_step<T>(w, keys, k + i, n);
+      score_tiles<R>(w, tile, keys + k, count, out + k * R);
+      continue;
+    }
+#endif
+    const float* rows[KEY_CHUNK];
     rows_of<T>(w, a.key, keys + k, count, a.head_dim, w.keys, rows);
-    for (int i = count; i < full; ++i) rows[i] = rows[0];
-    for (int i = 0; i < full; i += KEY_TILE) {
+    for (int i = count; i < padded_keys<T, R>(count); ++i) rows[i] = rows[0];
+    for (int i = 0; i < count; i += KEY_STEP) {
       prefetch_step<T>(w, keys, k + i, n);
-      score_tile<R>(tile.queries, rows + i, w.dim, out + (k + i) * R, highest);
+      score_keys<R>(tile.queries, rows + i, 0, smaller(KEY_STEP, count - i), w.dim,
+                    out + (k + i) * R);
     }
   }
-  const int padded = static_cast<int>(round_up(n, KEY_TILE));
-  bool changed = false;
-  for (int i = n * R; i < padded * R; ++i) out[i] = lowest;
+  const int end = padded_keys<T, R>(n) * R;
+  for (int i = n * R; i < end; ++i) out[i] = lowest;
   if (a.causal) {
     const int64_t shift = int64_t{a.kv_len} - a.q_len;
     for (int k = n - 1; k >= 0 && keys[k] > tile.row + shift; --k)
       for (int r = 0; r < R; ++r)
-        if (keys[k] > tile.row + r + shift) out[k * R + r] = lowest, changed = true;
+        if (keys[k] > tile.row + r + shift) out[k * R + r] = lowest;
   }
-  // Beyond n the first key is repeated, which moves no maximum; a forbidden pair may have.
-  if (changed) {
-    highest = set1(lowest);
-    for (int i = 0; i < padded * R; i += W) highest = max(highest, load(out + i));
-  }
+  F highest = set1(lowest);
+  for (int i = 0; i < end; i += W) highest = max(highest, load(out + i));
   return highest;
 }
 
@@ -187,7 +189,7 @@ void drop(const Work& w, const Tile& tile, const int32_t* keys, int n, float* p)
 // One segment for one tile: scores, probabilities relative to the running maximum, values.
 template <class T, int R>
 void add_segment(Work& w, Tile& tile, const int32_t* keys, int n) {
-  const F segment_highest = score_keys<T, R>(w, tile, keys, n, w.scores);
+  const F segment_highest = tile_scores<T, R>(w, tile, keys, n, w.scores);
   float highest[W], sums[R];
   fold_largest<R>(segment_highest, highest);
   bool rescale = false;
@@ -215,7 +217,7 @@ void add_segment(Work& w, Tile& tile, const int32_t* keys, int n) {
     if (highest[r] == -__builtin_inff()) highest[r] = 0.0f;
   }
   const F base = repeat<R>(highest);
-  const int padded = static_cast<int>(round_up(n, KEY_TILE));
+  const int padded = padded_keys<T, R>(n);
   F total = zero();
   for (int i = 0; i < padded * R; i += W) {
     const F p = exp2(load(w.scores + i) - base);
@@ -287,14 +289,14 @@ void store_rows(const Work& w, const Tile& tile, Importance* importance) {
 // Column sums of the probabilities, which need the final sums of their rows: scores once more.
 template <class T, int R>
 void add_importance(Work& w, Tile& tile, const int32_t* keys, int n, float* into) {
-  score_keys<T, R>(w, tile, keys, n, w.scores);
+  tile_scores<T, R>(w, tile, keys, n, w.scores);
   float level[R];
   for (int r = 0; r < R; ++r)
     level[r] = r < tile.rows && tile.total[r] > 0.0f
                    ? tile.highest[r] + __builtin_log2f(tile.total[r])
                    : __builtin_inff();
   const F base = repeat<R>(level);
-  const int padded = static_cast<int>(round_up(n, KEY_TILE));
+  const int padded = padded_keys<T, R>(n);
   for (int i = 0; i < padded * R; i += W) store(w.scores + i, exp2(load(w.scores + i) - base));
   for (int k = 0; k < n; ++k) {
     float share = 0.0f;
@@ -318,7 +320,7 @@ void run_tiles(Work& w, Tile* tiles, int count, Importance* importance) {
       const int n = segment_keys(w, tiles[t], stop < a.kv_len ? int(stop) : a.kv_len, &keys);
       if (t + 1 < count && a.bk == 1) {  // the first keys of the next tile
         const Tile& next = tiles[t + 1];
-        const int some = smaller(2 * KEY_TILE, static_cast<int>(next.end - next.at));
+        const int some = smaller(2 * KEY_STEP, static_cast<int>(next.end - next.at));
         prefetch_rows<T, true>(w, a.key, a.indices + next.at, some, a.head_dim);
       }
       if (n) add_segment<T, R>(w, tiles[t], keys, n);

@@ -1,21 +1,13 @@
 // The two products of attention for a tile of R query rows and a list of gathered keys.
 //
-// Scores, by what the lanes hold:
-// - the rows, where they fill a vector: every key adds fma(queries, broadcast of the key's dim);
-// - else R rows times G = W / R neighbouring dims, against broadcasts of G dims, adjacent lanes added
-//   last (one row: dims only). No key is transposed.
+// Scores hold in their lanes the R rows times G = W / R neighbouring dims, against broadcasts of G dims of a key; adjacent lanes
+// are added last (one row: dims only). No key is transposed.
 // Values keep the dims in the lanes and broadcast the probabilities.
 #pragma once
 
 #include "simd.hpp"
 
 namespace sparseloom::SL_TIER {
-
-#if SL_AVX512
-constexpr int KEY_TILE = 16;  // keys whose scores are accumulated at once
-#else
-constexpr int KEY_TILE = 8;
-#endif
 
 // ---------------------------------------------------------------- lane shuffles
 
@@ -97,52 +89,63 @@ SL_INLINE void rows_to_lanes(const float* rows, int stride, int width, float* pa
   }
 }
 
-// ---------------------------------------------------------------- scores
+// ---------------------------------------------------------------- scores: s[k * R + r] = row r · key k
 
-// Sums of adjacent groups of G lanes for KEY_TILE keys: out[key * R + row].
-template <int R>
-SL_INLINE void store_scores(F (&acc)[KEY_TILE], float* out, F& highest) {
-  constexpr int G = W / R;
-  int left = KEY_TILE;
-#pragma GCC unroll 4
-  for (int g = G; g > 1; g /= 2) {
-    left /= 2;
+// The sums of each group of N neighbouring lanes of N vectors, as one vector.
+template <int N>
+SL_INLINE F add_groups(const F* x) {
+  if constexpr (N == 1) {
+    return x[0];
+  } else {
+    F half[N / 2];
 #pragma GCC unroll 8
-    for (int i = 0; i < left; ++i) acc[i] = add_pairs(acc[2 * i], acc[2 * i + 1]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < KEY_TILE / G; ++i) {
-    store(out + i * W, acc[i]);
-    highest = max(highest, acc[i]);
+    for (int i = 0; i < N / 2; ++i) half[i] = add_pairs(x[2 * i], x[2 * i + 1]);
+    return add_groups<N / 2>(half);
   }
 }
 
-// Scores of R rows (from rows_to_lanes) and KEY_TILE keys, out[key * R + row]. `width`, the number
-// of dims, is a multiple of W. `highest` collects the largest per lane.
-template <int R>
-SL_INLINE void score_tile(const float* queries, const float* const* keys, int width, float* out,
-                          F& highest) {
+template <int R, int NK>
+SL_INLINE void score_some(const float* packed, const float* const* keys, int at, int width, float* s) {
   constexpr int G = W / R;
-  constexpr int MOST = SL_AVX512 ? 8 : 4;
-  constexpr int STEPS = R < MOST ? R : MOST;  // vectors of queries held, so that a row's address
-  F acc[KEY_TILE];                            // is loaded once for all of them
+  F acc[NK];
+  if constexpr (R == 1) {
 #pragma GCC unroll 16
-  for (int k = 0; k < KEY_TILE; ++k) acc[k] = zero();
-  for (int d = 0; d < width; d += STEPS * G) {
-    F q[STEPS];
-#pragma GCC unroll 8
-    for (int t = 0; t < STEPS; ++t) q[t] = load(queries + d * R + t * W);
+    for (int k = 0; k < NK; ++k) {
+      const float* key = keys[k] + at;
+      acc[k] = load(packed) * load(key);
+      for (int d = W; d < width; d += W) acc[k] = fma(load(packed + d), load(key + d), acc[k]);
+    }
+  } else {
+    const float* key[NK];
+    F more[NK];  // a second set of sums: eight alone would only just hide the latency of the FMA
+    for (int k = 0; k < NK; ++k) key[k] = keys[k] + at;
+    for (int k = 0; k < NK; ++k) acc[k] = more[k] = zero();
+    for (int d = 0; d < width; d += 2 * G) {
+      const F even = load(packed + d * R), odd = load(packed + d * R + W);
 #pragma GCC unroll 16
-    for (int k = 0; k < KEY_TILE; ++k) {
-      const float* key = *const_cast<const float* const volatile*>(keys + k) + d;
-#pragma GCC unroll 8
-      for (int t = 0; t < STEPS; ++t) {
-        if constexpr (G == 1) acc[k] = fma_repeat(q[t], key + t, acc[k]);
-        else acc[k] = fma(q[t], repeat<G>(key + t * G), acc[k]);
+      for (int k = 0; k < NK; ++k) {
+        acc[k] = fma(even, repeat<G>(key[k] + d), acc[k]);
+        more[k] = fma(odd, repeat<G>(key[k] + d + G), more[k]);
       }
     }
+    for (int k = 0; k < NK; ++k) acc[k] = acc[k] + more[k];
   }
-  store_scores<R>(acc, out, highest);
+#pragma GCC unroll 16
+  for (int k = 0; k < NK; k += G) store(s + k * R, add_groups<G>(acc + k));
+}
+
+// Scores of R rows, `packed` as from rows_to_lanes, and n keys, whose numbers start `at` behind the
+// given addresses; `width` dims, a multiple of W. Whole vectors are written: `keys` is read up to the next multiple
+// of W / R.
+template <int R>
+SL_INLINE void score_keys(const float* packed, const float* const* keys, int at, int n, int width,
+                          float* s) {
+  constexpr int G = W / R, MOST = SL_AVX512 ? 8 : SL_AVX2 ? 4 : 2, NK = G > MOST ? G : MOST;
+  int k = 0;
+  for (; k + NK <= n; k += NK) score_some<R, NK>(packed, keys + k, at, width, s + k * R);
+  if constexpr (NK > 4 && G <= 4)
+    for (; k + 4 <= n; k += 4) score_some<R, 4>(packed, keys + k, at, width, s + k * R);
+  for (; k < n; k += G) score_some<R, G>(packed, keys + k, at, width, s + k * R);
 }
 
 // ---------------------------------------------------------------- values

@@ -139,10 +139,9 @@ SL_INLINE void pack_tile_values(const Work& w, const int32_t* keys, int n, Bf16*
   }
 }
 
-// out[key * R + row] of n keys, n padded to 16 by repeating the first; scaled; the largest per lane.
+// out[key * R + row] of n keys, n padded to 16 by repeating the first; scaled.
 template <int R>
-void score_tiles(const Work& w, const Tile& tile, const int32_t* keys, int n, float* out,
-                 F& highest) {
+void score_tiles(const Work& w, const Tile& tile, const int32_t* keys, int n, float* out) {
   const ForwardArgs& a = w.args;
   Bf16* packed = reinterpret_cast<Bf16*>(w.keys);
   for (int k = 0; k < n; k += 16) {
@@ -159,11 +158,7 @@ void score_tiles(const Work& w, const Tile& tile, const int32_t* keys, int n, fl
   }
   tile_fence();
   const F factor = set1(a.scale * LOG2E);
-  for (int i = 0; i < round_up(n, 16) * R; i += W) {
-    const F score = load(out + i) * factor;
-    store(out + i, score);
-    highest = max(highest, score);
-  }
+  for (int i = 0; i < round_up(n, 16) * R; i += W) store(out + i, load(out + i) * factor);
 }
 
 // tile.sums += weights[key * R + row] * values, for n keys, at most KEY_CHUNK; the weights up to the

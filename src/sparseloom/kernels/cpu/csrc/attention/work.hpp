@@ -7,7 +7,7 @@
 namespace sparseloom::SL_TIER {
 
 constexpr int KEY_CHUNK = 64;  // keys gathered at once: 16 KiB at 64 dims in fp32
-static_assert(KEY_CHUNK % KEY_TILE == 0);
+constexpr int KEY_STEP = 16;   // keys between prefetches, and in a tile of AMX
 
 SL_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 SL_INLINE int smaller(int a, int b) { return a < b ? a : b; }
