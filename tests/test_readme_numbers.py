@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,7 @@ def test_the_paragraph_below_the_table_is_in_the_results() -> None:
     demo = rows("demo")
     at_90 = [row for row in demo if row["method"] == "dynamic" and row["sparsity"] == 0.9]
     fine, vectors = sorted(at_90, key=lambda row: row["settings"]["block_size"])
-    assert f"takes {demo[0]['model_ms']:.0f} ms dense" in text
+    assert f"takes {demo[0]['model_ms']:.0f} ms dense (SDPA)" in text
     assert f"{fine['model_ms']:.0f} ms under the 90 %" in text
     assert f"{vectors['model_ms']:.0f} ms in 8×1" in text
     cycles = [row["cycles"]["dota_asplos_2022"] / 1e6 for row in (fine, demo[0])]
@@ -80,3 +82,15 @@ def test_the_paragraph_below_the_table_is_in_the_results() -> None:
     }
     assert f"xz -9 needs {trained['xz -9']:.4f}" in text
     assert f"context mixture {trained['context mixture']:.4f}" in text
+
+
+def test_the_table_of_the_cpu_backend_is_in_the_results() -> None:
+    script = ROOT / "benchmarks/cpu_kernels.py"
+    made = subprocess.run(
+        [sys.executable, str(script), "--table"], capture_output=True, text=True, check=True
+    )
+    lines = made.stdout.strip().splitlines()
+    assert len(lines) > 6
+    text = (ROOT / "README.md").read_text("utf-8")
+    for line_of_table in lines:
+        assert line_of_table in text
