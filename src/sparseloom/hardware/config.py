@@ -44,15 +44,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_machine(name_or_path: str | PathLike[str], overrides: Mapping[str, object]) -> Tree:
-    """A machine file with what it extends filled in and dotted overrides applied.
+def read_machine(
+    name_or_path: str | PathLike[str],
+    overrides: Mapping[str, object],
+    *,
+    folder: str = "machines",
+    kind: str = "machine",
+) -> Tree:
+    """A machine file, or one of another folder, with what it extends and dotted overrides.
 
     Raises:
         MachineError: one line that names the file or the key.
     """
-    tree = _extended(find("machines", name_or_path, "machine"), ())
+    tree = _extended(find(folder, name_or_path, kind), (), folder, kind)
     for key, value in overrides.items():
-        _override(tree, key, value)
+        _override(tree, key, value, kind)
     return tree
 
 
@@ -141,7 +147,7 @@ def _value(text: str, setting: str) -> object:
         raise MachineError(f"the value of {setting!r} cannot be read") from None
 
 
-def _extended(file: Path, above: tuple[Path, ...]) -> Tree:
+def _extended(file: Path, above: tuple[Path, ...], folder: str, kind: str) -> Tree:
     if file.resolve() in above:
         raise MachineError(f"{file}: extends itself")
     tree = read_yaml(file)
@@ -151,8 +157,8 @@ def _extended(file: Path, above: tuple[Path, ...]) -> Tree:
     if not isinstance(base, str):
         raise MachineError(f"{file}: extends must be a name or a path, got {base!r}")
     beside = file.parent / base
-    parent = beside if beside.is_file() else find("machines", base, "machine")
-    return _merged(_extended(parent, (*above, file.resolve())), tree)
+    parent = beside if beside.is_file() else find(folder, base, kind)
+    return _merged(_extended(parent, (*above, file.resolve()), folder, kind), tree)
 
 
 def _merged(base: Tree, over: Tree) -> Tree:
@@ -167,12 +173,12 @@ def _merged(base: Tree, over: Tree) -> Tree:
     return merged
 
 
-def _override(tree: Tree, dotted: str, value: object) -> None:
+def _override(tree: Tree, dotted: str, value: object, kind: str) -> None:
     *path, last = dotted.split(".")
     for part in path:
         inside = tree.get(part)
         if not isinstance(inside, dict):
-            raise MachineError(f"unknown key {dotted!r}: the machine has no section {part!r}")
+            raise MachineError(f"unknown key {dotted!r}: the {kind} has no section {part!r}")
         tree = inside
     # A new key is left for the schema to refuse: it knows optional ones.
     tree[last] = value
