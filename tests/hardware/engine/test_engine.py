@@ -26,8 +26,8 @@ def test_a_fifo_is_a_deque_with_a_bound(pushes: list[bool], depth: int) -> None:
         elif not is_push and model:
             assert fifo.peek(fifos, 1) == model[0]
             assert fifo.pop(fifos, 1) == model.popleft()
-        assert fifos.used[1] == len(model)
-    assert fifos.used[0] == 0
+        assert fifo.used(fifos, 1) == len(model)
+    assert fifo.used(fifos, 0) == 0
 
 
 @settings(deadline=None)  # the first example compiles
@@ -40,7 +40,7 @@ def test_the_log_conserves_cycles(cycles: list[tuple[int, int]]) -> None:
     assert found.totals.sum() == len(cycles)
     for code in range(4):
         assert found.totals[0, code] == sum(1 for c, _ in cycles if c == code)
-    kept = found.intervals[: found.used[0]]
+    kept = found.intervals[: found.limits[0]]
     assert (kept[1:, 2] == kept[:-1, 3]).all()
     assert kept[0, 2] == 0
     assert kept[-1, 3] == len(cycles)
@@ -52,7 +52,7 @@ def test_the_log_keeps_the_window_and_counts_what_does_not_fit() -> None:
         log.note(found, 0, now % 2, -1, now)
     log.close(found, 0, 40)
     assert found.totals.tolist() == [[20, 20]]
-    assert found.used.tolist() == [2, 8]
+    assert found.limits.tolist() == [2, 8, 10, 20]
     assert (found.intervals[:, 3] > 10).all()
 
 

@@ -21,18 +21,16 @@ class Log(NamedTuple):
     """State of the log; make one with `make_log`.
 
     totals (units, codes): cycles so far, intervals that still run not included.
-    code, since, tag (units): the interval that runs.
+    running (units, 3): code, first cycle and tag of the interval that runs.
     intervals (capacity, 5): unit, code, first cycle, one past the last, tag.
-    used: [intervals stored, intervals that did not fit]; window: [first, one past the last] cycle.
+    limits: intervals stored, intervals that did not fit, first and one past the last cycle of the
+    window.
     """
 
     totals: np.ndarray
-    code: np.ndarray
-    since: np.ndarray
-    tag: np.ndarray
+    running: np.ndarray
     intervals: np.ndarray
-    used: np.ndarray
-    window: np.ndarray
+    limits: np.ndarray
 
 
 def make_log(
@@ -40,43 +38,42 @@ def make_log(
 ) -> Log:
     """An empty log that keeps the intervals which touch `window`."""
     size = capacity if window[1] > window[0] else 0
+    running = np.zeros((units, 3), np.int64)
+    running[:, 2] = -1
     return Log(
         np.zeros((units, codes), np.int64),
-        np.zeros(units, np.int64),
-        np.zeros(units, np.int64),
-        np.full(units, -1, np.int64),
+        running,
         np.zeros((size, 5), np.int64),
-        np.zeros(2, np.int64),
-        np.array(window, np.int64),
+        np.array([0, 0, *window], np.int64),
     )
 
 
 @inlined
 def note(log: Log, unit: int, code: int, tag: int, now: int) -> None:
     """From cycle `now` on, `unit` does `code` for whatever `tag` stands for (a request, say)."""
-    if log.code[unit] == code and log.tag[unit] == tag:
+    if log.running[unit, 0] == code and log.running[unit, 2] == tag:
         return
     close(log, unit, now)
-    log.code[unit] = code
-    log.tag[unit] = tag
+    log.running[unit, 0] = code
+    log.running[unit, 2] = tag
 
 
 @inlined
 def close(log: Log, unit: int, now: int) -> None:
     """End the interval that runs at cycle `now`; at the end of a run, of every unit."""
-    start = log.since[unit]
+    start = log.running[unit, 1]
     if now <= start:
         return
-    log.totals[unit, log.code[unit]] += now - start
-    if start < log.window[1] and now > log.window[0]:
-        at = log.used[0]
+    log.totals[unit, log.running[unit, 0]] += now - start
+    if start < log.limits[3] and now > log.limits[2]:
+        at = log.limits[0]
         if at < log.intervals.shape[0]:
             log.intervals[at, 0] = unit
-            log.intervals[at, 1] = log.code[unit]
+            log.intervals[at, 1] = log.running[unit, 0]
             log.intervals[at, 2] = start
             log.intervals[at, 3] = now
-            log.intervals[at, 4] = log.tag[unit]
-            log.used[0] += 1
+            log.intervals[at, 4] = log.running[unit, 2]
+            log.limits[0] += 1
         else:
-            log.used[1] += 1
-    log.since[unit] = now
+            log.limits[1] += 1
+    log.running[unit, 1] = now

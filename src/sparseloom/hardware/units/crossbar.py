@@ -10,23 +10,23 @@ from __future__ import annotations
 import numpy as np
 
 from sparseloom.hardware.engine.compiled import inlined
-from sparseloom.hardware.engine.fifo import Fifos, full, peek, pop, push
+from sparseloom.hardware.engine.fifo import full, peek, pop, push, used
 
 
 @inlined
-def field_wants(inputs: Fifos, low_bit: int, outputs: int, wants: np.ndarray) -> None:
+def field_wants(inputs: np.ndarray, low_bit: int, outputs: int, wants: np.ndarray) -> None:
     """The output that each input's head asks for: its bits from `low_bit`, modulo `outputs`.
 
     `wants[i]` becomes -1 where input i is empty.
     """
     for i in range(wants.shape[0]):
         wants[i] = -1
-        if inputs.used[i] > 0:
+        if used(inputs, i) > 0:
             wants[i] = (peek(inputs, i) >> low_bit) % outputs
 
 
 @inlined
-def rooms(outputs: Fifos, ready: np.ndarray) -> None:
+def rooms(outputs: np.ndarray, ready: np.ndarray) -> None:
     """`ready[o]` = whether output FIFO o has room."""
     for o in range(ready.shape[0]):
         ready[o] = not full(outputs, o)
@@ -55,7 +55,9 @@ def arbitrate(wants: np.ndarray, ready: np.ndarray, grants: np.ndarray) -> int:
 
 
 @inlined
-def transfer(inputs: Fifos, outputs: Fifos, wants: np.ndarray, grants: np.ndarray) -> None:
+def transfer(
+    inputs: np.ndarray, outputs: np.ndarray, wants: np.ndarray, grants: np.ndarray
+) -> None:
     """Move each granted head to its output."""
     for i in range(wants.shape[0]):
         if grants[i]:

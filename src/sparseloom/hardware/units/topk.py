@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparseloom.hardware.config import MachineError
-from sparseloom.hardware.engine.compiled import compiled, inlined
+from sparseloom.hardware.engine.compiled import allocating, compiled, inlined
 from sparseloom.hardware.units.zero_eliminator import eliminate
 
 MAX_LANES = 32
@@ -46,7 +46,7 @@ def draw(rng: np.ndarray, n: int) -> int:
     return int(((x >> np.uint64(32)) * np.uint64(n)) >> np.uint64(32))
 
 
-@compiled
+@allocating
 def quick_select(
     values: np.ndarray, start: int, n: int, k: int, lanes: int, rng: np.ndarray
 ) -> tuple[Any, int, int, int]:
@@ -66,7 +66,14 @@ def quick_select(
     if k <= 0 or k >= n:
         threshold, n_equal = _bypass(values, start, n, k)
         return threshold, n_equal, 0, 0
-    left = values[start : start + n].copy()
+    return select_from(values[start : start + n].copy(), n, k, lanes, rng)
+
+
+@inlined
+def select_from(
+    left: np.ndarray, n: int, k: int, lanes: int, rng: np.ndarray
+) -> tuple[Any, int, int, int]:
+    """`quick_select` of `left[:n]` for 0 < k < n, in place: it loses its order and its values."""
     size, rank, cycles, rounds = n, k, 0, 0
     while True:
         pivot = left[draw(rng, size)]

@@ -1,0 +1,394 @@
+"""A trace as what SpAtten's controller sees: loads of keys and values, and the rows on them.
+
+A load is one head of one sequence at one attention call: the keys that any of its rows needs, read
+from DRAM once. Its rows are the queries, one after another. In generation a row also fetches its
+own low key bits and its own values; otherwise values are loaded with the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from sparseloom.hardware.config import MachineError
+from sparseloom.hardware.spatten.config import SpAttenConfig
+from sparseloom.hardware.spatten.layout import Regions, Vectors
+from sparseloom.trace import AttentionCall, MaskArrays, Operator, Selection, Workload
+
+
+class Load(NamedTuple):
+    """One load; a table of loads has these as its columns (`L_…`).
+
+    keys_at, keys: slice of `Jobs.key_ids`; first_row, rows: slice of the rows.
+    key_base, key_stride, key_atoms: address of id 0, bytes between ids, atoms read per id; `low_…`
+    for the low bits, `value_…` for values; both `head_region` bytes further for each row (0 unless
+    heads are packed). heads: heads packed in one key vector.
+    generation: 1 where values are fetched row by row.
+    rank_from, rank_to: tokens ranked when the last row is decided (0: none).
+    after: the load whose ranking must be over before this one starts, −1 for none.
+    drain: 1 where everything before must have ended. call: position of the attention call.
+    """
+
+    keys_at: int
+    keys: int
+    first_row: int
+    rows: int
+    key_base: int
+    key_stride: int
+    key_atoms: int
+    low_base: int
+    low_stride: int
+    low_atoms: int
+    head_region: int
+    value_base: int
+    value_stride: int
+    value_atoms: int
+    heads: int
+    generation: int
+    rank_from: int
+    rank_to: int
+    after: int
+    drain: int
+    call: int
+
+
+(
+    L_KEYS_AT,
+    L_KEYS,
+    L_FIRST_ROW,
+    L_ROWS,
+    L_KEY_BASE,
+    L_KEY_STRIDE,
+    L_KEY_ATOMS,
+    L_LOW_BASE,
+    L_LOW_STRIDE,
+    L_LOW_ATOMS,
+    L_HEAD_REGION,
+    L_VALUE_BASE,
+    L_VALUE_STRIDE,
+    L_VALUE_ATOMS,
+    L_HEADS,
+    L_GENERATION,
+    L_RANK_FROM,
+    L_RANK_TO,
+    L_AFTER,
+    L_DRAIN,
+    L_CALL,
+) = range(len(Load._fields))
+
+N_LOAD, N_KEYS, N_VALUES, N_REFETCH, N_VALUE_IDS_AT, N_PROBABILITIES_AT = range(6)
+"""Columns of the table of rows: the load, keys seen, values used, whether low bits are fetched
+again, and where the row's value ids and probabilities lie (−1: all of the load's, unknown)."""
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Everything that one run needs: tables (int64) of loads `L_…` and rows `N_…`, and ids."""
+
+    head_dim: int
+    loads: np.ndarray
+    rows: np.ndarray
+    key_ids: np.ndarray
+    value_ids: np.ndarray
+    probabilities: np.ndarray
+    useful_pairs: int
+    useful_value_pairs: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Builder:
+    loads: list[Load] = field(default_factory=list)
+    rows: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+    row_count: int = 0
+    key_ids: list[np.ndarray] = field(default_factory=list)
+    key_count: int = 0
+    value_ids: list[np.ndarray] = field(default_factory=list)
+    value_count: int = 0
+    probabilities: list[np.ndarray] = field(default_factory=list)
+    probability_count: int = 0
+    useful: int = 0
+    useful_values: int = 0
+
+
+class _Head(NamedTuple):
+    """What one load is made from: ids that are read, and per row what it sees and keeps."""
+
+    ids: np.ndarray
+    seen: np.ndarray
+    values: np.ndarray
+    refetch: np.ndarray
+    value_ids: list[np.ndarray]
+    probabilities: list[np.ndarray]
+
+
+def lower(
+    config: SpAttenConfig,
+    workload: Workload,
+    selection: Selection,
+    probabilities: dict[int, np.ndarray] | None = None,
+) -> Jobs:
+    """The loads and rows of a selection, in the order in which the machine runs them.
+
+    Args:
+        config: the machine; its layout decides addresses.
+        workload, selection: one call per attention operator; every call must know its keys.
+        probabilities: by call, quantised probabilities (batch, heads, q_len, kv_len) where they
+            were recorded: the selection engines then see the real ties.
+
+    Raises:
+        MachineError: head sizes that differ, or a head wider than the arrays.
+    """
+    operators = workload.attention()
+    widths = {operator.head_dim for operator in operators} | {op.value_dim for op in operators}
+    if len(widths) != 1:
+        raise MachineError(
+            f"{config.name}: head_dim and value_dim must be one size throughout, got "
+            f"{sorted(widths)}"
+        )
+    head_dim = widths.pop()
+    config.keys_per_cycle(head_dim)
+    made = _Builder()
+    regions = Regions(config, workload.model.kv_heads, operators)
+    ranked = -1
+    seen_probabilities = probabilities or {}
+    for i, (operator, call) in enumerate(zip(operators, selection.calls, strict=True)):
+        padding = workload.padding_of(operator)
+        first = len(made.loads)
+        known = seen_probabilities.get(i)
+        for sequence in range(operator.batch):
+            for kv_head in _groups(config, operator, call):
+                head = _head(operator, call, padding, sequence, kv_head, known)
+                if head is not None:
+                    pair = len(kv_head[1]) > operator.heads // operator.kv_heads
+                    vectors = regions.vectors(operator, call, sequence, kv_head[0], pair=pair)
+                    _add(config, made, operator, head, vectors, (ranked, i))
+        if len(made.loads) > first:
+            rank = _ranking(operators, i, call)
+            if rank is not None:
+                made.loads[-1] = made.loads[-1]._replace(rank_from=rank[0], rank_to=rank[1])
+                ranked = len(made.loads) - 1
+    return _finish(made, head_dim, ())
+
+
+def _ranking(
+    operators: tuple[Operator, ...], i: int, call: AttentionCall
+) -> tuple[int, int] | None:
+    """Tokens before and after the ranking at the end of a call."""
+    if call.token_keep is None:
+        return None
+    # After the last layer the whole context is ranked again for the next step.
+    later = i + 1 < len(operators) and operators[i + 1].step == operators[i].step
+    tokens = operators[i].kv_len
+    if later and call.tokens_alive is not None:
+        tokens = int(call.tokens_alive.sum(axis=1).max())
+    elif later and call.key_counts is not None:
+        tokens = int(call.key_counts.max())
+    return (tokens, call.token_keep) if tokens > call.token_keep else None
+
+
+def _groups(
+    config: SpAttenConfig, operator: Operator, call: AttentionCall
+) -> Iterator[tuple[int, list[int]]]:
+    """(KV head, query heads) of each load. Two 6-bit heads with equal keys share one."""
+    group = operator.heads // operator.kv_heads
+    alive = call.heads_alive
+    heads = [
+        [h for h in range(kv * group, (kv + 1) * group) if alive is None or alive[h]]
+        for kv in range(operator.kv_heads)
+    ]
+    packed = config.layout.pack_6bit_keys == 2 and call.key_bits == 6 and group == 1
+    kv = 0
+    while kv < operator.kv_heads:
+        if (
+            packed
+            and kv % 2 == 0
+            and kv + 1 < operator.kv_heads
+            and heads[kv]
+            and heads[kv + 1]
+            and operator.q_len == 1
+            and _same_keys(call, kv)
+        ):
+            yield kv, [kv, kv + 1]
+            kv += 2
+            continue
+        if heads[kv]:
+            yield kv, heads[kv]
+        kv += 1
+
+
+def _same_keys(call: AttentionCall, head: int) -> bool:
+    mask = call.mask
+    if mask is None or mask.heads == 1:
+        return True
+    ends = mask.offsets[:, head : head + 2]
+    if not np.array_equal(np.diff(ends[:, 0]), np.diff(ends[:, 1])):
+        return False
+    return all(
+        np.array_equal(
+            mask.indices[ends[b, 0, 0] : ends[b, 0, -1]],
+            mask.indices[ends[b, 1, 0] : ends[b, 1, -1]],
+        )
+        for b in range(mask.batch)
+    )
+
+
+def _head(
+    operator: Operator,
+    call: AttentionCall,
+    padding: np.ndarray | None,
+    sequence: int,
+    kv_head: tuple[int, list[int]],
+    probabilities: np.ndarray | None,
+) -> _Head | None:
+    """What one load reads and its rows; None where nothing is kept."""
+    valid = np.ones(operator.kv_len, np.bool_)
+    if padding is not None:
+        valid &= padding[min(sequence, padding.shape[0] - 1)]
+    if call.tokens_alive is not None:
+        valid &= call.tokens_alive[sequence]
+    queries = np.arange(operator.q_len)
+    if operator.q_len > 1 and operator.q_len == operator.kv_len:
+        queries = queries[valid]
+    union = valid if call.mask is None else np.zeros_like(valid)
+    own: list[np.ndarray] = []
+    if call.mask is not None:
+        for head in kv_head[1]:
+            own.append(_kept(call.mask, sequence, head, operator, queries))
+            union |= own[-1].any(axis=0)
+        union &= valid
+    ids = np.flatnonzero(union)
+    if ids.size == 0 or queries.size == 0:
+        return None
+    seen = np.full(queries.size, ids.size, np.int64)
+    if operator.is_causal and operator.q_len > 1:
+        ends = queries + operator.kv_len - operator.q_len + 1
+        seen = np.searchsorted(ids, ends).astype(np.int64)
+    seen = seen[seen > 0]
+    if seen.size == 0:
+        return None
+    rows = len(kv_head[1])
+    every_seen = np.tile(seen, rows)
+    values, value_ids, kept_probabilities = every_seen.copy(), [], []
+    refetch = np.zeros(every_seen.size, np.int64)
+    if operator.q_len == 1:
+        for r, head in enumerate(kv_head[1]):
+            if call.value_mask is not None:
+                kept = _kept(call.value_mask, sequence, head, operator, queries)[0] & union
+                value_ids.append(np.flatnonzero(kept))
+            else:
+                value_ids.append(ids)
+            values[r] = value_ids[-1].size
+            if call.lsb_refetch is not None:
+                refetch[r] = call.lsb_refetch[sequence, head, 0]
+            if probabilities is not None:
+                row = probabilities[min(sequence, probabilities.shape[0] - 1), head, 0]
+                kept_probabilities.append(row[ids])
+    return _Head(ids, every_seen, values, refetch, value_ids, kept_probabilities)
+
+
+def _kept(
+    mask: MaskArrays, sequence: int, head: int, operator: Operator, queries: np.ndarray
+) -> np.ndarray:
+    """Kept pairs (queries, keys) of one head, blocks unfolded."""
+    b = min(sequence, mask.batch - 1)
+    h = head * mask.heads // operator.heads
+    rows, keys = mask.block_size
+    if operator.q_len == 1 and keys == 1:
+        kept = np.zeros((1, operator.kv_len), np.bool_)
+        kept[0, mask.indices[mask.offsets[b, h, 0] : mask.offsets[b, h, 1]]] = True
+        return kept
+    offsets = mask.offsets[b, h]
+    blocks = np.zeros((mask.q_blocks, mask.kv_blocks), np.bool_)
+    row = np.repeat(np.arange(mask.q_blocks), np.diff(offsets))
+    blocks[row, mask.indices[offsets[0] : offsets[-1]]] = True
+    kept = blocks.repeat(keys, axis=1)[:, : operator.kv_len][queries // rows]
+    if operator.is_causal:
+        ends = queries + operator.kv_len - operator.q_len
+        kept = kept & (np.arange(operator.kv_len) <= ends[:, None])
+    return kept
+
+
+def _add(
+    config: SpAttenConfig,
+    made: _Builder,
+    operator: Operator,
+    head: _Head,
+    vectors: Vectors,
+    place: tuple[int, int],
+) -> None:
+    ranked, call = place
+    rows = head.seen.size
+    generation = operator.q_len == 1
+    this = len(made.loads)
+    rank_from = rank_to = 0
+    if config.topk.token_selection == "row" and this:
+        # The tokens are ranked anew before every fetch, by what the load before has added.
+        rank_from, rank_to = operator.kv_len, head.ids.size
+        made.loads[-1] = made.loads[-1]._replace(rank_from=rank_from, rank_to=rank_to)
+        ranked = this - 1
+        rank_from = rank_to = 0
+    made.loads.append(
+        Load(
+            keys_at=made.key_count,
+            keys=head.ids.size,
+            first_row=made.row_count,
+            rows=rows,
+            key_base=vectors.key_base,
+            key_stride=vectors.key_stride,
+            key_atoms=vectors.key_atoms,
+            low_base=vectors.low_base,
+            low_stride=vectors.low_stride,
+            low_atoms=vectors.low_atoms,
+            head_region=vectors.head_region,
+            value_base=vectors.value_base,
+            value_stride=vectors.value_stride,
+            value_atoms=vectors.value_atoms,
+            heads=vectors.heads,
+            generation=int(generation),
+            rank_from=rank_from,
+            rank_to=rank_to,
+            after=ranked,
+            drain=0,
+            call=call,
+        )
+    )
+    made.key_ids.append(head.ids)
+    made.key_count += head.ids.size
+    value_at = np.full(rows, -1, np.int64)
+    probability_at = np.full(rows, -1, np.int64)
+    for r, ids in enumerate(head.value_ids):
+        value_at[r] = made.value_count
+        made.value_ids.append(ids)
+        made.value_count += ids.size
+    for r, row in enumerate(head.probabilities):
+        probability_at[r] = made.probability_count
+        made.probabilities.append(row)
+        made.probability_count += row.size
+    load = np.full(rows, this, np.int64)
+    made.rows.append((load, head.seen, head.values, head.refetch, value_at, probability_at))
+    made.row_count += rows
+    made.useful += int(head.seen.sum())
+    made.useful_values += int(head.values.sum())
+
+
+def _finish(made: _Builder, head_dim: int, notes: tuple[str, ...]) -> Jobs:
+    rows = [_joined([row[i] for row in made.rows]) for i in range(6)]
+    return Jobs(
+        head_dim=head_dim,
+        loads=np.array(made.loads, np.int64).reshape(-1, len(Load._fields)),
+        rows=np.ascontiguousarray(np.stack(rows, axis=1)),
+        key_ids=_joined(made.key_ids),
+        value_ids=_joined(made.value_ids),
+        probabilities=_joined(made.probabilities),
+        useful_pairs=made.useful,
+        useful_value_pairs=made.useful_values,
+        notes=notes,
+    )
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([*parts, np.zeros(0, np.int64)]).astype(np.int64)
