@@ -247,8 +247,10 @@ def start(engine: TopK, values: np.ndarray, first: int, n: int, k: int, rng: np.
         raise ValueError("n must fit in the engine's FIFOs (depth times lanes)")
     if c.phase[0] == SELECT:
         raise ValueError("the engine is still selecting: step it until its phase is DONE")
-    engine.row[:n] = values[first : first + n]
-    engine.used[:] = 0
+    # Loops over items: numba takes seconds to compile assignments of slices.
+    for i in range(n):
+        engine.row[i] = values[first + i]
+    engine.used[LEFT] = engine.used[RIGHT] = 0
     c.cycles[0] = c.rounds[0] = 0
     if k <= 0 or k >= n:
         engine.threshold[0], c.n_equal[0] = _bypass(values, first, n, k)
@@ -328,7 +330,8 @@ def _pack(engine: TopK) -> None:
     if n == 0:
         return
     for side in range(2):
-        engine.packed[side] = engine.compared[side]
+        for i in range(n):
+            engine.packed[side, i] = engine.compared[side, i]
         kept = eliminate(engine.packed[side], engine.mask[side], engine.gaps, n)
         engine.n_packed[side] = kept
     engine.packed_equal[0] = n - engine.n_packed[LEFT] - engine.n_packed[RIGHT]
