@@ -53,6 +53,15 @@ def _cached(function: _F, *, counted: bool) -> _F:
     return cast("_F", dispatcher)
 
 
+def bare(function: _F) -> _F:
+    """`inlined` without reference counts: for small functions of a state with many arrays.
+
+    Every field of such a state that a function reads costs two atomic additions otherwise, which
+    is most of its time. In return the function must not make an array (views are free).
+    """
+    return cast("_F", numba.njit(nogil=True, _nrt=False)(inspect.unwrap(function)))
+
+
 @cache
 def _stamp() -> int:
     """Changes whenever a source file of the simulators does."""

@@ -127,7 +127,7 @@ def play(
     now = 0
     accepted = 0
     ended = 0
-    channels = state.shape.channels
+    channels = len(state.channels)
     reads = 0
     for i in range(n):
         reads += 0 if is_write[i] else 1
