@@ -59,7 +59,8 @@ def bare(function: _F) -> _F:
     Every field of such a state that a function reads costs two atomic additions otherwise, which
     is most of its time. In return the function must not make an array (views are free).
     """
-    return cast("_F", numba.njit(nogil=True, _nrt=False)(inspect.unwrap(function)))
+    options: Any = {"nogil": True, "_nrt": False}
+    return cast("_F", numba.njit(**options)(inspect.unwrap(function)))
 
 
 @cache

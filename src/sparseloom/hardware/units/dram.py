@@ -349,9 +349,8 @@ def _issue_row(d: Dram, c: int, b: int, k: int, now: int) -> None:
     d.channels[c, C_ROW_BUS] = now + d.numbers[N_ACT]
     d.counters[ACTIVATES] += 1
     _note(d, now, ACT, p, b, row)
-    d.pseudo[p, P_NEXT_COLUMN] = min(
-        d.pseudo[p, P_NEXT_COLUMN], now + min(d.numbers[N_RCD + 0], d.numbers[N_RCD + 1])
-    )
+    ready = now + min(d.numbers[N_RCD], d.numbers[N_RCD + 1])
+    d.pseudo[p, P_NEXT_COLUMN] = min(d.pseudo[p, P_NEXT_COLUMN], ready)
     d.pseudo[p, P_NEXT_ROW] = now + 1
     choose_kind(d, c, now + 1)
 
@@ -392,11 +391,8 @@ def _refreshed(d: Dram, p: int, now: int) -> bool:
         d.banks[b, B_ACT] = now + d.numbers[N_RFC]
     d.pseudo[p, P_REFRESH] += d.numbers[N_REFI]
     d.channels[c, C_ROW_BUS] = now + 1
-    d.pseudo[p, P_NEXT_ROW] = (
-        now + d.numbers[N_RFC]
-        if d.pseudo[p, P_LISTED + 2 * 0 + 1] + d.pseudo[p, P_LISTED + 2 * 1 + 1]
-        else d.pseudo[p, P_REFRESH]
-    )
+    misses = d.pseudo[p, P_LISTED + 1] + d.pseudo[p, P_LISTED + 3]
+    d.pseudo[p, P_NEXT_ROW] = now + d.numbers[N_RFC] if misses else d.pseudo[p, P_REFRESH]
     d.counters[REFRESHES] += 1
     _note(d, now, REF, p, -1, -1)
     return True
