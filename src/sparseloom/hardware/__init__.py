@@ -34,7 +34,12 @@ __all__ = [
 ]
 
 # Kinds of machine: where the class lives that simulates them.
-_KINDS = {"dota": ("sparseloom.hardware.dota", "Dota")}
+_KINDS = {
+    "dota": ("sparseloom.hardware.dota", "Dota"),
+    "a3": ("sparseloom.hardware.a3", "A3"),
+    "mnnfast": ("sparseloom.hardware.mnnfast", "MnnFast"),
+    "device": ("sparseloom.hardware.devices", "Device"),
+}
 
 
 def load(name_or_path: str | PathLike[str], /, **overrides: object) -> Machine:
