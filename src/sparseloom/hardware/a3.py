@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
@@ -10,7 +11,9 @@ from pydantic import Field
 
 from sparseloom.hardware.a3_algorithm import FixedPoint, bitonic_compares, choose, quantise
 from sparseloom.hardware.a3_pipeline import Jobs, closed_form, cycle_by_cycle
+from sparseloom.hardware.actions import Block
 from sparseloom.hardware.attention_core import (
+    EnergySource,
     FlatMemory,
     Sampled,
     Tally,
@@ -60,9 +63,13 @@ class Preprocessing(Section):
 
 
 class Sram(Section):
-    """Key and value memories: how many heads they hold."""
+    """Key, value and sorted-key memories, and how many heads they hold."""
 
     copies: int = Field(ge=1, le=2)
+    key_kib: float = Field(gt=0)
+    value_kib: float = Field(gt=0)
+    sorted_kib: float = Field(gt=0)
+    table_kib: float = Field(gt=0)
 
 
 class A3Config(MachineConfig):
@@ -75,6 +82,7 @@ class A3Config(MachineConfig):
     preprocessing: Preprocessing
     sram: Sram
     dram: FlatMemory
+    energy: EnergySource
 
 
 class Work(NamedTuple):
@@ -115,6 +123,31 @@ class A3(Machine):
         """Power in W, DRAM included, as the published comparison implies it."""
         return self.table.power({"core": 1})
 
+    def blocks(self) -> list[Block]:
+        """What the arithmetic and the memories are made of, for leakage and estimated area."""
+        s, bits = self.settings, self.fixed_point.bits
+        half = max(1, s.pipeline.multipliers // 2)
+        found = [
+            Block("dot_product", "multiply", half, bits),
+            Block("dot_product", "add", half, 2 * bits),
+            Block("exponent", "multiply", 1, 2 * bits),
+            Block("exponent", "sram", 2, 2 * bits, s.sram.table_kib),
+            Block("output", "multiply", half, max(bits, 2 * s.numbers.fraction_bits + 1)),
+            Block("output", "add", half + 2 * bits, 3 * bits),
+            Block("key_sram", "sram", s.sram.copies, half * bits, s.sram.key_kib),
+            Block("value_sram", "sram", s.sram.copies, half * bits, s.sram.value_kib),
+        ]
+        if s.search.mode == "approximate":
+            # One memory per column, none smaller than the smallest macro of the table.
+            banks = max(1.0, s.sram.sorted_kib) * s.sram.copies
+            found += [
+                Block("search", "multiply", 2, bits),
+                Block("search", "compare", 2 * (half - 1), 2 * bits),
+                Block("sorted_sram", "sram", banks, 2 * bits, 1.0),
+                Block("post_scoring", "compare", 1, 2 * bits),
+            ]
+        return found
+
     def _simulate(self, trace: Trace, selection: Selection, fidelity: Fidelity) -> Report:
         s, tally = self.settings, Tally()
         for i, operator in enumerate(trace.workload.attention()):
@@ -130,6 +163,8 @@ class A3(Machine):
             fidelity,
             tally,
             memory=s.dram,
+            energy=s.energy,
+            blocks=self.blocks(),
             assumptions=self._assumptions(trace, selection, fidelity),
         )
 
@@ -210,22 +245,21 @@ class A3(Machine):
             timing = closed_form(jobs, s.sram.copies)
         sums = [int(part.sum()) for part in work]
         facts = dict(zip(("visible", "iterations", "candidates", "kept"), sums, strict=True))
-        place = {"layer": operator.layer, "step": operator.step, "sequence": sequence}
+        at = partial(Stage, layer=operator.layer, step=operator.step, sequence=sequence)
         stages = [
-            Stage(
+            at(
                 component="attention",
                 cycles=timing.cycles,
                 stall_cycles=timing.dram,
                 stall_cause="dram" if timing.dram else "",
                 facts={**facts, "drain_cycles": timing.drain},
-                **place,
             )
         ]
         compares = self._compares(operator)
         if compares and s.preprocessing.time == "charged":
             cycles = compares / s.preprocessing.compare_exchanges_per_cycle
             facts = {"compare_exchanges": compares}
-            stages.insert(0, Stage(component="sorting", cycles=cycles, facts=facts, **place))
+            stages.insert(0, at(component="sorting", cycles=cycles, facts=facts))
         return stages
 
     def jobs(self, operator: Operator, work: Work) -> Jobs:
@@ -265,33 +299,37 @@ class A3(Machine):
         d, dv, heads = operator.head_dim, operator.value_dim, operator.heads
         bits = self.fixed_point.bits
         wide = 2 * bits + max(1, int(d - 1).bit_length())
-        seen, iterations, candidates, kept = (float(part.sum()) for part in work)
+        iterations, candidates, kept = (float(part.sum()) for part in work[1:])
+        weight = 2 * self.settings.numbers.fraction_bits + 1
         kv, query = self._bytes(operator)
-        elements = operator.kv_len * d * heads
         compares = self._compares(operator)
         if compares:
             entry = bits + max(1, int(operator.kv_len - 1).bit_length())
             tally.act("sorting", "compare", compares, bits)
             sorts = compares / bitonic_compares(operator.kv_len, d)
             for op in ("sram_read", "sram_write"):
-                tally.act("sorting", op, sorts * operator.kv_len * d, entry)
+                tally.act("sorting", op, sorts * operator.kv_len * d, entry, 1.0)
             # Two products and two comparisons over all columns per iteration.
             tally.act("search", "multiply", 2 * iterations, bits)
             tally.act("search", "compare", 2 * iterations * (d - 1), 2 * bits)
             tally.act("search", "add", 2 * iterations, wide)
-            tally.act("search", "sram_read", 2 * iterations, entry)
+            tally.act("search", "sram_read", 2 * iterations, entry, 1.0)
             tally.act("post_scoring", "compare", candidates, wide)
+        sram, sizes = self.settings.sram, operator.kv_len * bits / 8192
+        key_kib, value_kib = max(sram.key_kib, sizes * d), max(sram.value_kib, sizes * dv)
         tally.act("dot_product", "multiply", candidates * d, bits)
         tally.act("dot_product", "add", candidates * d, wide)
-        tally.act("exponent", "exp", kept, 2 * bits)
+        # Two table entries and their product; the quotient is as many subtractions as bits.
+        tally.act("exponent", "sram_read", 2 * kept, 2 * bits, sram.table_kib)
+        tally.act("exponent", "multiply", kept, 2 * bits)
         tally.act("exponent", "add", kept, wide)
-        tally.act("output", "divide", kept, 2 * bits)
-        tally.act("output", "multiply", kept * dv, 2 * bits)
+        tally.act("output", "add", kept * 2 * bits, 2 * bits)
+        tally.act("output", "multiply", kept * dv, max(bits, weight))
         tally.act("output", "add", kept * dv, 3 * bits)
-        tally.act("key_sram", "sram_write", elements, bits)
-        tally.act("key_sram", "sram_read", candidates * d, bits)
-        tally.act("value_sram", "sram_write", operator.kv_len * dv * heads, bits)
-        tally.act("value_sram", "sram_read", kept * dv, bits)
+        tally.act("key_sram", "sram_write", operator.kv_len * heads, d * bits, key_kib)
+        tally.act("key_sram", "sram_read", candidates, d * bits, key_kib)
+        tally.act("value_sram", "sram_write", operator.kv_len * heads, dv * bits, value_kib)
+        tally.act("value_sram", "sram_read", kept, dv * bits, value_kib)
         tally.act("dram", "dram_read", (kv + query / 2 * operator.q_len) * heads, 8)
         tally.act("dram", "dram_write", query / 2 * operator.q_len * heads, 8)
         moved = (kv + query * operator.q_len) * heads
@@ -311,13 +349,10 @@ class A3(Machine):
             "keys and values of a head are fetched whole, whatever is kept, at "
             f"{s.dram.gbytes_per_second:g} GB/s, "
             + (
-                "after the head before has left"
-                if s.sram.copies == 1
-                else "behind the head before"
+                "after the head before has left" if s.sram.copies == 1 else "behind the head before"
             ),
             "the key and value memories hold a whole head, also beyond the published 320 rows",
             f"operands have {s.numbers.integer_bits}.{s.numbers.fraction_bits} bits, in DRAM too",
-            "energy is the power that the published comparison implies, DRAM included, times time",
         ]
         if fidelity == "analytic":
             found.append("a query takes as long as its slowest module; buffers could hide more")

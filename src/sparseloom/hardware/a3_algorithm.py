@@ -43,9 +43,7 @@ class Chosen(NamedTuple):
     kept: np.ndarray
 
 
-def quantise(
-    values: Float[np.ndarray, "..."], number: FixedPoint
-) -> Int64[np.ndarray, "..."]:
+def quantise(values: Float[np.ndarray, "..."], number: FixedPoint) -> Int64[np.ndarray, "..."]:
     """Round to the operand format, saturating."""
     limit = 1 << (number.bits - 1)
     scaled = np.rint(np.asarray(values, np.float64) * (1 << number.fraction_bits))
@@ -84,6 +82,8 @@ def choose(
     t = ln(100 / percent) is in scaled scores: a key stays where its weight is at least
     `threshold_percent` of the largest.
     """
+    # One memory layout: each further one would be compiled anew.
+    query, key, visible = (np.ascontiguousarray(part) for part in (query, key, visible))
     values, rows = sorted_columns(key)
     seen = visible.sum(axis=1)
     iterations = np.maximum(1, np.floor(iterations_share * seen)).astype(np.int64)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from sparseloom.hardware.engine.compiled import compiled
-from sparseloom.hardware.engine.fifo import full, make_fifos, pop, push
+from sparseloom.hardware.engine.fifo import Fifos, full, make_fifos, pop, push
 from sparseloom.hardware.engine.log import BUSY, IDLE, Log, close, make_log, note
 
 STALL_DRAM, STALL_NEXT, STALL_BUFFER = 2, 3, 4
@@ -68,7 +68,8 @@ def cycle_by_cycle(jobs: Jobs, copies: int, depth: int) -> Timing:
     modules = jobs.service.shape[0]
     log = make_log(modules + 1, CODES)
     fifos = make_fifos(modules, depth)
-    cycles = _run(*jobs, copies, fifos, log)
+    service, head_of = (np.ascontiguousarray(part) for part in (jobs.service, jobs.head_of))
+    cycles = _run(service, head_of, jobs.kv_cycles, jobs.query_cycles, copies, fifos, log)
     return Timing(int(cycles), int(log.totals[0, STALL_DRAM]), 0, log.totals)
 
 
@@ -79,7 +80,7 @@ def _run(
     kv_cycles: int,
     query_cycles: int,
     copies: int,
-    fifos: tuple,
+    fifos: Fifos,
     log: Log,
 ) -> int:
     modules, queries = service.shape
@@ -94,7 +95,7 @@ def _run(
         for back in range(modules):
             m = modules - 1 - back
             if current[m] >= 0 and left[m] == 0 and not full(fifos, m + 1):
-                push(fifos, m + 1, current[m])
+                push(fifos, m + 1, int(current[m]))
                 current[m] = -1
             if current[m] < 0 and fifos.used[m] > 0:
                 current[m] = pop(fifos, m)
@@ -121,7 +122,7 @@ def _run(
                         finished += 1
                     current[m] = -1
                 elif not full(fifos, m + 1):
-                    push(fifos, m + 1, current[m])
+                    push(fifos, m + 1, int(current[m]))
                     current[m] = -1
         # Queries first: they are small, and a module waits for each.
         if query_left == 0 and fetched < queries and head_of[fetched] < loaded:

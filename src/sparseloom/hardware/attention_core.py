@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 from pydantic import Field
 
-from sparseloom.hardware.actions import Action
+from sparseloom.hardware.actions import Action, Block
 from sparseloom.hardware.config import Section
+from sparseloom.hardware.energy_model import EnergyModel
 from sparseloom.hardware.machine import Machine
 from sparseloom.hardware.report import Fidelity, Report, Stage
 from sparseloom.trace import Operator, Selection, Trace, TraceError, Workload
@@ -30,6 +31,15 @@ class FlatMemory(Section):
     def bytes_per_cycle(self, clock_ghz: float) -> float:
         """Bytes moved per cycle of the machine."""
         return self.gbytes_per_second / clock_ghz
+
+
+class EnergySource(Section):
+    """Actions times an energy model of this node, or the published power times time."""
+
+    source: Literal["actions", "published_power"]
+    logic: str
+    memory: str
+    sram_cell: Literal["lstp", "lop", "hp"]
 
 
 class Sampled(NamedTuple):
@@ -55,15 +65,15 @@ class Tally:
     """What a simulation adds up."""
 
     stages: list[Stage] = field(default_factory=list)
-    counts: dict[tuple[str, str, int], float] = field(default_factory=dict)
+    counts: dict[tuple[str, str, int, float], float] = field(default_factory=dict)
     busy: dict[str, float] = field(default_factory=dict)
     dram_bytes: float = 0.0
     useful_bytes: float = 0.0
     notes: list[str] = field(default_factory=list)
 
-    def act(self, component: str, op: str, count: float, bits: int) -> None:
+    def act(self, component: str, op: str, count: float, bits: int, kib: float = 0.0) -> None:
         """Count an action."""
-        key = (component, op, bits)
+        key = (component, op, bits, kib)
         self.counts[key] = self.counts.get(key, 0.0) + float(count)
 
     def note(self, text: str) -> None:
@@ -73,7 +83,10 @@ class Tally:
 
     def actions(self) -> list[Action]:
         """The events behind the energy."""
-        return [Action(c, op, count, bits) for (c, op, bits), count in self.counts.items()]
+        return [
+            Action(component, op, count, bits, kib)
+            for (component, op, bits, kib), count in self.counts.items()
+        ]
 
 
 def visible(
@@ -135,9 +148,11 @@ def core_report(
     tally: Tally,
     *,
     memory: FlatMemory,
+    energy: EnergySource,
+    blocks: Sequence[Block],
     assumptions: Sequence[str],
 ) -> Report:
-    """The report of a machine that runs attention alone; energy is power times time."""
+    """The report of a machine that runs attention alone."""
     clock = machine.config.clock_ghz
     # One sequence at a time: a stable sort keeps the calls of each in order.
     stages = sorted(tally.stages, key=lambda stage: stage.sequence)
@@ -149,7 +164,19 @@ def core_report(
         found.append("attention alone: projections and feed-forward run elsewhere")
     if any(op.kv_heads != op.heads for op in trace.workload.attention()):
         found.append("query heads that share keys and values load them separately")
-    seconds = cycles / (clock * 1e9)
+    table = machine.table.name
+    if energy.source == "actions":
+        model = EnergyModel(
+            logic=energy.logic,
+            memory=energy.memory,
+            cell=energy.sram_cell,
+            node_nm=machine.config.technology_nm,
+        )
+        joules, table = model.joules(tally.actions(), cycles, clock, blocks), model.name
+        found.append("energy is counted actions and leakage; control and clock are not counted")
+    else:
+        joules = {name: watts * cycles / (clock * 1e9) for name, watts in machine.power().items()}
+        found.append("energy is the power of the published comparison, DRAM included, times time")
     return Report(
         machine=machine.name,
         trace=trace.workload.name,
@@ -158,11 +185,13 @@ def core_report(
         fidelity=fidelity,
         clock_ghz=clock,
         stages=tuple(stages),
-        energy={name: watts * seconds for name, watts in machine.power().items()},
-        energy_table=machine.table.name,
+        energy=joules,
+        energy_table=table,
         area=machine.area(),
         actions={f"{a.component} {a.op} {a.bits}b": a.count for a in tally.actions()},
-        utilisation={name: min(1.0, used / cycles) if cycles else 0.0 for name, used in busy.items()},
+        utilisation={
+            name: min(1.0, used / cycles) if cycles else 0.0 for name, used in busy.items()
+        },
         dram_preset=memory.preset,
         dram_bytes=round(tally.dram_bytes),
         useful_bytes=round(tally.useful_bytes),

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 
 from sparseloom.hardware.attention_core import (
+    EnergySource,
     FlatMemory,
     Sampled,
     Tally,
@@ -52,6 +53,7 @@ class MnnFastConfig(MachineConfig):
     engine: Engine
     skipping: Skipping
     dram: FlatMemory
+    energy: EnergySource
 
 
 class Streamed(NamedTuple):
@@ -96,9 +98,7 @@ def lazy_softmax(
             output += np.where(kept[:, rows], e, 0.0) @ value[rows]
         return Streamed(output / np.where(final > 0, final, 1.0), kept)
     for rows in chunks:
-        largest, total, e, shrink = _fold(
-            query, key[rows], allowed[:, rows], scale, largest, total
-        )
+        largest, total, e, shrink = _fold(query, key[rows], allowed[:, rows], scale, largest, total)
         kept[:, rows] = allowed[:, rows] & (e >= threshold * total)
         output = output * shrink + np.where(kept[:, rows], e, 0.0) @ value[rows]
     return Streamed(output / np.where(total > 0, total, 1.0), kept)
@@ -161,6 +161,8 @@ class MnnFast(Machine):
             fidelity,
             tally,
             memory=s.dram,
+            energy=s.energy,
+            blocks=(),
             assumptions=self._assumptions(selection),
         )
 
@@ -259,11 +261,11 @@ class MnnFast(Machine):
         for name, macs in (("qk", seen * op.head_dim), ("pv", pairs * op.value_dim)):
             tally.act(name, "multiply", macs, bits)
             tally.act(name, "add", macs, bits)
-        tally.act("softmax", "exp", seen, bits)
-        tally.act("softmax", "add", seen, bits)
+        # e^x as five multiplications and additions; lazy softmax divides once per output element,
+        # which is as many subtractions as bits.
+        tally.act("softmax", "multiply", 5 * seen, bits)
+        tally.act("softmax", "add", 6 * seen + queries * op.value_dim * bits, bits)
         tally.act("softmax", "compare", seen, bits)
-        # Lazy softmax: one division per element of the output, none per key.
-        tally.act("softmax", "divide", queries * op.value_dim, bits)
         read = (op.kv_len * op.heads + queries) * op.head_dim + value_rows * op.value_dim
         tally.act("dram", "dram_read", read, bits)
         tally.act("dram", "dram_write", queries * op.value_dim, bits)
@@ -281,7 +283,6 @@ class MnnFast(Machine):
             f"operands have {s.engine.bits} bits, in DRAM too (default)",
             f"values below {s.skipping.threshold:g} of the {s.skipping.reference} sum are skipped",
             "the embedding cache has no part in attention and is not modelled",
-            "energy is the power that the published comparison assumes (1 W) times time",
         ]
         if s.engine.arrays == "separate":
             found.append("scoring and weighing have an array each: skipped values save no time")
