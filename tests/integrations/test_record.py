@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparseloom.hardware.cascade import Cascade, with_cascade
 from sparseloom.integrations import describe, record, sparsify
 from sparseloom.mask import SparseMask
 from sparseloom.methods import AttentionInputs, Dense, DynamicSparse, Oracle, Predictor
@@ -114,6 +115,24 @@ def test_generation(zoo: SimpleNamespace) -> None:
     assert [(o.step, o.rows, o.columns) for o in heads] == [(0, 1, 61), (1, 1, 61), (2, 1, 61)]
     roles = Counter(o.role for o in trace.workload.operators if o.step == 2 and o.kind == "gemm")
     assert roles == {"qkv": 2, "attention_output": 2, "ffn": 4, "head": 1}
+
+
+def test_generation_of_a_cached_model_feeds_cascade_pruning(zoo: SimpleNamespace) -> None:
+    model, inputs = zoo.build("llama"), zoo.inputs("none", length=9)
+    inputs = {name: tensor[:1] for name, tensor in inputs.items()}
+    trace = record(model, Dense(), inputs, tensors=True, new_tokens=2)
+    operators = trace.workload.attention()
+    for call, operator in enumerate(operators):
+        key = trace.tensors[f"calls.{call}.key"]
+        assert key.shape == (1, operator.kv_heads, operator.kv_len, operator.head_dim)
+        assert trace.tensors[f"calls.{call}.query"].shape[2] == operator.q_len
+        if call >= 2:  # two layers: the same one a step before
+            before = trace.tensors[f"calls.{call - 2}.key"]
+            assert np.array_equal(key[:, :, : before.shape[2]], before)
+    pruned = with_cascade(trace, Cascade(token_keep=(0.8, 0.5))).selection("spatten")
+    alive = [call.tokens_alive for call in pruned.calls]
+    # Of the longest, 11; the prompt is read whole.
+    assert [int(one.sum()) for one in alive if one is not None] == [9, 9, 8, 5, 8, 5]
 
 
 def test_the_predictor_is_described(zoo: SimpleNamespace) -> None:

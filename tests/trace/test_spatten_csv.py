@@ -139,7 +139,6 @@ def published(name: str) -> Path:
 
 
 def test_the_pruned_gpt2_small_trace() -> None:
-    # Statistics of specs/spatten.md §8 and specs/simulators_and_tables.md §1.2.
     trace = Trace.from_spatten_csv(published("summary-gpt2-small-wikitext2-per8.csv.gz"))
     workload, calls = trace.workload, trace.selection().calls
     assert (workload.model.layers, workload.model.heads, len(calls)) == (12, 12, 32 * 12)
