@@ -22,22 +22,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 OUT = Path(__file__).parents[1] / "src" / "sparseloom" / "hardware" / "tables" / "cacti_sram.csv"
-KIB = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512, 1024)
-PORT_BITS = (64, 128, 256, 512)
 NODES_NM = (22, 32, 40, 45, 65)
 CELLS = ("lstp", "lop", "hp")
-COLUMNS = [
-    "node_nm",
-    "cell",
-    "kib",
-    "port_bits",
-    "read_pj",
-    "write_pj",
-    "leakage_mw",
-    "area_mm2",
-    "access_ns",
-    "cycle_ns",
-]
+KIB = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 512, 1024)
+PORT_BITS = (64, 128, 256, 512)
+# Beside the grid: small FIFOs, and at SpAtten's node banks as wide as a line of its SRAM.
+SMALL_KIB, SMALL_PORT_BITS = (0.5,), (64, 128)
+WIDE_NODES_NM, WIDE_KIB, WIDE_PORT_BITS = (40,), (16, 32, 64, 128, 192, 256), (768, 6144)
+COLUMNS = "node_nm,cell,kib,port_bits,read_pj,write_pj,leakage_mw,area_mm2,access_ns,cycle_ns"
 
 CONFIG = """\
 -size (bytes) {bytes}
@@ -130,14 +122,14 @@ class Point(NamedTuple):
 
     node_nm: int
     cell: str
-    kib: int
+    kib: float
     port_bits: int
 
 
 def run(cacti: Path, point: Point) -> str | None:
     """The row of one point, or None where CACTI finds no organisation."""
     text = CONFIG.format(
-        bytes=point.kib * 1024,
+        bytes=int(point.kib * 1024),
         block=point.port_bits // 8,
         port_bits=point.port_bits,
         node_um=point.node_nm / 1000,
@@ -172,6 +164,16 @@ def run(cacti: Path, point: Point) -> str | None:
     return ",".join([*map(str, point), *(f"{number:.5g}" for number in numbers)])
 
 
+def grid() -> list[Point]:
+    """Every point that is run."""
+    every = [
+        *itertools.product(NODES_NM, CELLS, KIB, PORT_BITS),
+        *itertools.product(NODES_NM, CELLS, SMALL_KIB, SMALL_PORT_BITS),
+        *itertools.product(WIDE_NODES_NM, CELLS, WIDE_KIB, WIDE_PORT_BITS),
+    ]
+    return sorted(Point(*point) for point in every)
+
+
 def main() -> None:
     """Write the grid."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -179,7 +181,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
-    points = [Point(*p) for p in itertools.product(NODES_NM, CELLS, KIB, PORT_BITS)]
+    points = grid()
     cacti = given.cacti.resolve()
     with ThreadPoolExecutor(given.jobs) as pool:
         rows = list(pool.map(lambda point: run(cacti, point), points))

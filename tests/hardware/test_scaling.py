@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseloom.hardware import MachineError
@@ -48,6 +48,7 @@ def test_40_nm_lies_between_its_neighbours() -> None:
     assert area_scale(45, 40) == pytest.approx((40 / 45) ** 2, rel=0.05)
 
 
+@settings(deadline=None)
 @given(nodes, nodes, nodes, volts, volts, volts)
 def test_scaling_composes(a: float, b: float, c: float, va: float, vb: float, vc: float) -> None:
     direct = energy_scale(a, c, from_volts=va, to_volts=vc)
@@ -57,6 +58,7 @@ def test_scaling_composes(a: float, b: float, c: float, va: float, vb: float, vc
     assert energy_scale(a, a, from_volts=va) == 1
 
 
+@settings(deadline=None)
 @given(nodes, nodes)
 def test_smaller_nodes_take_less(a: float, b: float) -> None:
     small, large = sorted((a, b))

@@ -48,10 +48,13 @@ class EnergyModel:
         cell: of every SRAM: "lstp", "lop" or "hp".
         node_nm: of the machine. Logic is scaled to it, the SRAM grid is read at it.
         voltage: of the logic; None = that of the table. The grid's cells have their own.
+        widest_port_bits: memories wider than this are equal macros side by side. CACTI's very wide
+            banks are large, slow and hungry: 192 KiB behind one port of 6144 bits takes 12 times
+            the area of 12 macros of 512 bits.
 
-    Memories wider than the widest port of the grid are equal macros side by side; narrower than
-    the narrowest, an access costs a whole port. FIFOs smaller than the smallest macro, or of
-    narrower words, are registers. Leakage of logic scales as its area does.
+    An access narrower than the narrowest port of the grid costs that whole port. FIFOs smaller
+    than the smallest macro, or of narrower words, are registers. Leakage of logic scales as its
+    area does.
 
     Raises:
         MachineError: of every method: something that no table has, in one sentence.
@@ -63,6 +66,7 @@ class EnergyModel:
     cell: Literal["lstp", "lop", "hp"] = "lop"
     node_nm: float = 40
     voltage: float | None = None
+    widest_port_bits: int = 512
     _known: dict[_Event, float] = field(
         default_factory=dict[_Event, float], init=False, repr=False, compare=False
     )
@@ -205,13 +209,13 @@ class EnergyModel:
     def _of_registers(self, bits: np.ndarray, kib: np.ndarray) -> np.ndarray:
         """Which FIFOs are made of registers."""
         grid = self.sram_table
-        macros = np.ceil(bits / grid.port_bits[-1])
+        macros = np.ceil(bits / self.widest_port_bits)
         return (bits < grid.port_bits[0]) | (kib / macros < grid.kib[0])
 
     def _sram(self, quantity: str, bits: np.ndarray, kib: np.ndarray) -> np.ndarray:
         """A quantity of a memory of any width: the sum over its macros."""
         grid = self.sram_table
-        macros = np.ceil(bits / grid.port_bits[-1])
+        macros = np.ceil(bits / self.widest_port_bits)
         port = np.maximum(bits / macros, grid.port_bits[0])
         one = grid.value(quantity, kib / macros, port, node_nm=self.node_nm, cell=self.cell)
         return one * macros

@@ -51,7 +51,7 @@ class SramTable:
         """One of `QUANTITIES` for macros of `kib` KiB with ports of `bits`, both (macros,).
 
         Raises:
-            MachineError: outside the grid, at a point that CACTI refused, or an unknown cell.
+            MachineError: outside the grid, beside a point that is not in it, or an unknown cell.
         """
         if cell not in self.cells:
             raise MachineError(f"cell must be one of {', '.join(self.cells)}, got {cell!r}")
@@ -64,13 +64,13 @@ class SramTable:
             for k, of_capacity in capacities:
                 for p, of_port in ports:
                     share = of_node * of_capacity * of_port
-                    # A refused point (NaN) matters only where it has a share.
+                    # A point that is not there (NaN) matters only where it has a share.
                     total = total + np.where(share > 0, share * logs[n, k, p], 0.0)
         if np.isnan(total).any():
             at = int(np.isnan(total).argmax())
             raise MachineError(
                 f"{self.name}: no SRAM of {kib[at]:g} KiB with {bits[at]:g}-bit ports"
-                f" at {node_nm:g} nm ({cell}): CACTI refused a neighbouring point"
+                f" at {node_nm:g} nm ({cell}): a neighbouring point is not in the grid"
             )
         return np.exp(total)
 
