@@ -16,3 +16,4 @@
 #define SL_AMX (SL_TIER_LEVEL >= 4)          // and AMX tiles for INT8 and BF16
 
 #define SL_INLINE inline __attribute__((always_inline))
+#define SL_LAMBDA __attribute__((always_inline))

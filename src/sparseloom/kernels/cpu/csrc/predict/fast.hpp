@@ -1,11 +1,10 @@
-// Blocks of up to 16 rows whose scores fit in 16 bits, with VNNI and AVX512-FP16.
+// Blocks of up to 16 rows whose scores fit in 16 bits, with AMX and AVX512-FP16.
 //
-// Scores are D = m·q·k - base, such that D <= 511 for every key. With D = 32·a + b an exponential
+// Scores are D = m·q·k - base. Masses: D <= 511 for every key. With D = 32·a + b an exponential
 // 2^(step·D) is the product of two numbers out of tables of 32, one by a and one by b, which vectors
 // of 32 numbers look up in one instruction each: relative error at most 2^-10.
 // The tables are scaled by the row's largest score among some keys; a much larger one elsewhere
 // overflows, which is seen in the row's sum, and the rows are done again with the largest of all.
-// (AMX multiplies faster, but its scores come by way of memory, which costs more than it saves.)
 #pragma once
 
 #include "top16.hpp"
@@ -15,59 +14,44 @@
 namespace sparseloom::SL_TIER {
 
 constexpr int HIGHEST = 511, LOWEST = -512;
-constexpr float START = 8.0f;       // exponential of the largest score that was looked at
-constexpr float OCTAVES = 17;       // how far below it scores have to be right
-constexpr long FLUSH = 32;          // groups of 32 keys whose exponentials are summed in fp16
+constexpr int16_t MUST16 = 32767, NEVER16 = -32768;
+constexpr float OCTAVES = 17;  // how far below the largest score others have to be right
+constexpr long FLUSH = 8;      // slabs whose exponentials are summed in fp16
 
 struct FastRows {
-  long count;          // rows that are there
-  long seen[ROWS];     // keys that each one sees; 0: it has no say
-  float step[ROWS];    // octaves per unit of D
-  int32_t start[ROWS];  // what sums of products start from
-  const int8_t* codes;  // (ROWS, depth)
-  long least, most;    // the smallest and largest of `seen`
-  bool clamp;          // D may lie below LOWEST
+  long count;           // rows that are there
+  long seen[ROWS];      // keys that each one sees; 0: it has no say
+  float step[ROWS];     // octaves per unit of D
+  int bound[ROWS];      // of |q·k|, with q times m
+  int32_t start[ROWS];  // what sums of products start from: -base
+  long least, most;     // the smallest and largest of `seen`
+  bool clamp;           // D may lie below LOWEST
+  SL_INLINE long slabs() const { return (most + SLAB - 1) / SLAB; }
+  SL_INLINE long whole() const { return least / SLAB; }  // slabs that all rows see all of
 };
 
 struct alignas(64) Tables {
   uint16_t coarse[ROWS][32], fine[ROWS][32];
 };
 
-// A group of 32 keys; in registers where DEPTH, the depth that the compiler knows, is 16.
-template <int DEPTH>
-struct Group {
-  const int8_t* codes;
-  long depth;
-  SL_INLINE Group(const Keys& keys, long group)
-      : codes(keys.codes + group * 2 * PANEL * keys.depth), depth(DEPTH ? DEPTH : keys.depth) {}
-  SL_INLINE __m512i even(long at) const { return _mm512_load_si512(codes + at * PANEL); }
-  SL_INLINE __m512i odd(long at) const { return _mm512_load_si512(codes + (at + depth) * PANEL); }
-};
-
-template <>
-struct Group<16> {
-  static constexpr long depth = 16;
-  __m512i held[8];
-  SL_INLINE Group(const Keys& keys, long group) {
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) held[i] = _mm512_load_si512(keys.codes + (group * 8 + i) * 64);
+// Sizes of codes added up.
+static int sum_of_sizes(const int8_t* x, long n) {
+  __m512i total = _mm512_setzero_si512();
+  for (long i = 0; i < n; i += 64) {
+    const __mmask64 there = n - i >= 64 ? ~0ull : (1ull << (n - i)) - 1;
+    const __m512i size = _mm512_abs_epi8(_mm512_maskz_loadu_epi8(there, x + i));
+    total = _mm512_add_epi64(total, _mm512_sad_epu8(size, _mm512_setzero_si512()));
   }
-  SL_INLINE __m512i even(long at) const { return held[at / 4]; }
-  SL_INLINE __m512i odd(long at) const { return held[4 + at / 4]; }
-};
+  return static_cast<int>(_mm512_reduce_add_epi64(total));
+}
 
-// The 32 scores of a row and a group of keys, as 16-bit integers in the order of the keys.
-template <int DEPTH>
-SL_INLINE __m512i words(const Group<DEPTH>& group, const FastRows& rows, int r) {
-  const int8_t* row = rows.codes + r * group.depth;
-  __m512i a = _mm512_set1_epi32(rows.start[r]), b = a;
-#pragma GCC unroll 4
-  for (long at = 0; at < group.depth; at += 4) {
-    const __m512i q = _mm512_set1_epi32(four(row + at));
-    a = _mm512_dpbusd_epi32(a, group.even(at), q);
-    b = _mm512_dpbusd_epi32(b, group.odd(at), q);
+static void scale_codes(const int8_t* from, long n, int factor, int8_t* to) {
+  const __m512i by = _mm512_set1_epi16(static_cast<int16_t>(factor));
+  for (long i = 0; i < n; i += 32) {
+    const __mmask32 there = first32(n - i);
+    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(there, from + i));
+    _mm256_mask_storeu_epi8(to + i, there, _mm512_cvtepi16_epi8(_mm512_mullo_epi16(wide, by)));
   }
-  return _mm512_packs_epi32(a, b);
 }
 
 SL_INLINE int largest16(__m512i x) {
@@ -75,22 +59,19 @@ SL_INLINE int largest16(__m512i x) {
   return _mm512_reduce_max_epi32(_mm512_max_epi32(low, high));
 }
 
-// The largest D of each row among every `every`-th group and the last ones.
-template <int DEPTH>
-static void find_largest(const Keys& keys, const FastRows& rows, long every, int* top) {
+// The largest D of each row among every `every`-th slab and the last ones.
+static void find_largest(Stream& stream, const FastRows& rows, long every, int* top) {
   __m512i most[ROWS];
-  for (auto& m : most) m = _mm512_set1_epi16(-32768);
-  const long groups = (rows.most + 31) / 32, whole = rows.least / 32;
-  for (long g = 0; g < groups; g = g + every < groups - 1 ? g + every : g + 1) {
-    const Group<DEPTH> group(keys, g);
-    if (g < whole) {
-      for (int r = 0; r < ROWS; ++r) most[r] = _mm512_max_epi16(most[r], words(group, rows, r));
-    } else {
-      for (int r = 0; r < ROWS; ++r)
-        most[r] = _mm512_mask_max_epi16(most[r], first32(rows.seen[r] - 32 * g), most[r],
-                                        words(group, rows, r));
+  for (auto& m : most) m = _mm512_set1_epi16(NEVER16);
+  const long slabs = rows.slabs(), whole = rows.whole();
+  stream.some(slabs, every, [&](long slab, int r, const int32_t* scores) SL_LAMBDA {
+    __m512i all = most[r];
+    for (int i = 0; i < 4; ++i) {
+      const __mmask32 there = slab < whole ? ~0u : first32(rows.seen[r] - slab * SLAB - 32 * i);
+      all = _mm512_mask_max_epi16(all, there, all, words(scores, i));
     }
-  }
+    most[r] = all;
+  });
   for (int r = 0; r < ROWS; ++r) top[r] = largest16(most[r]);
 }
 
@@ -117,14 +98,13 @@ static void make_tables(const FastRows& rows, const int* top, Tables& tables) {
   }
 }
 
-template <int DEPTH, bool CLAMP>
-SL_INLINE __m512h exponential(const Group<DEPTH>& group, const FastRows& rows,
-                              const Tables& tables, int r) {
-  __m512i d = words(group, rows, r);
+// A row's exponentials, from scores as `words` makes them.
+template <bool CLAMP>
+SL_INLINE __m512h exponential(__m512i d, __m512i coarse, __m512i fine) {
   if (CLAMP) d = _mm512_max_epi16(d, _mm512_set1_epi16(LOWEST));
-  const __m512i coarse = _mm512_permutexvar_epi16(_mm512_srli_epi16(d, 5), _mm512_load_si512(tables.coarse[r]));
-  const __m512i fine = _mm512_permutexvar_epi16(d, _mm512_load_si512(tables.fine[r]));
-  return _mm512_mul_ph(_mm512_castsi512_ph(coarse), _mm512_castsi512_ph(fine));
+  return _mm512_mul_ph(
+      _mm512_castsi512_ph(_mm512_permutexvar_epi16(_mm512_srli_epi16(d, 5), coarse)),
+      _mm512_castsi512_ph(_mm512_permutexvar_epi16(d, fine)));
 }
 
 SL_INLINE __m512 both_halves(__m512h x) {
@@ -133,70 +113,68 @@ SL_INLINE __m512 both_halves(__m512h x) {
                        _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1)));
 }
 
-// e[group][row][32] and the sum of each row. False: a sum is not finite.
-template <int DEPTH, bool CLAMP>
-static bool exponentials(const Keys& keys, const FastRows& rows, const Tables& tables, uint16_t* e,
+// e[slab][row][SLAB] and the sum of each row. False: a sum is not finite.
+template <bool CLAMP>
+static bool exponentials(Stream& stream, const FastRows& rows, const Tables& tables, uint16_t* e,
                          float* total) {
+  __m512h sums[ROWS];
   __m512 wide[ROWS];
+  for (auto& s : sums) s = _mm512_setzero_ph();
   for (auto& w : wide) w = _mm512_setzero_ps();
-  const long groups = (rows.most + 31) / 32, whole = rows.least / 32;
-  for (long start = 0; start < whole; start += FLUSH) {
-    const long stop = start + FLUSH < whole ? start + FLUSH : whole;
-    __m512h sums[ROWS];
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) sums[r] = _mm512_setzero_ph();
-    for (long g = start; g < stop; ++g) {
-      const Group<DEPTH> group(keys, g);
-#pragma GCC unroll 16
-      for (int r = 0; r < ROWS; ++r) {
-        const __m512h some = exponential<DEPTH, CLAMP>(group, rows, tables, r);
-        sums[r] = _mm512_add_ph(sums[r], some);
-        _mm512_store_ph(e + (g * ROWS + r) * 32, some);
-      }
+  const long slabs = rows.slabs(), whole = rows.whole();
+  stream.each(slabs, [&](long slab, int r, const int32_t* scores) SL_LAMBDA {
+    const __m512i coarse = _mm512_load_si512(tables.coarse[r]);
+    const __m512i fine = _mm512_load_si512(tables.fine[r]);
+    __m512h x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) x[i] = exponential<CLAMP>(words(scores, i), coarse, fine);
+    if (slab >= whole)
+      for (int i = 0; i < 4; ++i)
+        x[i] = _mm512_castsi512_ph(_mm512_maskz_mov_epi16(
+            first32(rows.seen[r] - slab * SLAB - 32 * i), _mm512_castph_si512(x[i])));
+    uint16_t* to = e + (slab * ROWS + r) * SLAB;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) _mm512_store_ph(to + 32 * i, x[i]);
+    const __m512h all = _mm512_add_ph(_mm512_add_ph(x[0], x[1]), _mm512_add_ph(x[2], x[3]));
+    if (slab % FLUSH) {
+      sums[r] = _mm512_add_ph(sums[r], all);
+    } else {
+      wide[r] = _mm512_add_ps(wide[r], both_halves(sums[r]));
+      sums[r] = all;
     }
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r) wide[r] = _mm512_add_ps(wide[r], both_halves(sums[r]));
-  }
-  for (long g = whole; g < groups; ++g) {
-    const Group<DEPTH> group(keys, g);
-    for (int r = 0; r < ROWS; ++r) {
-      const __m512i some =
-          _mm512_maskz_mov_epi16(first32(rows.seen[r] - 32 * g),
-                                 _mm512_castph_si512(exponential<DEPTH, CLAMP>(group, rows, tables, r)));
-      wide[r] = _mm512_add_ps(wide[r], both_halves(_mm512_castsi512_ph(some)));
-      _mm512_store_si512(e + (g * ROWS + r) * 32, some);
-    }
-  }
+  });
   bool finite = true;
   for (int r = 0; r < ROWS; ++r) {
-    total[r] = _mm512_reduce_add_ps(wide[r]);
+    total[r] = _mm512_reduce_add_ps(_mm512_add_ps(wide[r], both_halves(sums[r])));
     finite &= total[r] < __builtin_inff();
   }
   return finite;
 }
 
 // x[j] = sum of weight · e over `count` rows from `first`, as bits of fp16 numbers (at least 0).
-static void weigh(const uint16_t* e, long groups, long first, long count, const float* weight,
+static void weigh(const uint16_t* e, long slabs, long first, long count, const float* weight,
                   int16_t* x) {
   __m512h w[ROWS];
   for (long r = 0; r < count; ++r) w[r] = _mm512_set1_ph(static_cast<_Float16>(weight[first + r]));
-  e += first * 32;
-  if (count == 8) {
-    for (long g = 0; g < groups; ++g, e += ROWS * 32) {
-      __m512h a = _mm512_mul_ph(_mm512_load_ph(e), w[0]), b = _mm512_mul_ph(_mm512_load_ph(e + 32), w[1]);
+  e += first * SLAB;
+  for (long slab = 0; slab < slabs; ++slab, e += ROWS * SLAB, x += SLAB) {
+    for (int i = 0; i < 4; ++i) {
+      const uint16_t* from = e + 32 * i;
+      __m512h a = _mm512_mul_ph(_mm512_load_ph(from), w[0]);
+      if (count == 8) {
+        __m512h b = _mm512_mul_ph(_mm512_load_ph(from + SLAB), w[1]);
 #pragma GCC unroll 3
-      for (int r = 2; r < 8; r += 2) {
-        a = _mm512_fmadd_ph(_mm512_load_ph(e + r * 32), w[r], a);
-        b = _mm512_fmadd_ph(_mm512_load_ph(e + r * 32 + 32), w[r + 1], b);
+        for (int r = 2; r < 8; r += 2) {
+          a = _mm512_fmadd_ph(_mm512_load_ph(from + r * SLAB), w[r], a);
+          b = _mm512_fmadd_ph(_mm512_load_ph(from + (r + 1) * SLAB), w[r + 1], b);
+        }
+        a = _mm512_add_ph(a, b);
+      } else {
+        for (long r = 1; r < count; ++r)
+          a = _mm512_fmadd_ph(_mm512_load_ph(from + r * SLAB), w[r], a);
       }
-      _mm512_store_ph(x + g * 32, _mm512_add_ph(a, b));
+      _mm512_store_ph(x + 32 * i, a);
     }
-    return;
-  }
-  for (long g = 0; g < groups; ++g, e += ROWS * 32) {
-    __m512h a = _mm512_setzero_ph();
-    for (long r = 0; r < count; ++r) a = _mm512_fmadd_ph(_mm512_load_ph(e + r * 32), w[r], a);
-    _mm512_store_ph(x + g * 32, a);
   }
 }
 

@@ -1,62 +1,58 @@
-// Query blocks of up to 16 rows by `fast.hpp`: scores, pooling by mass, the best keys.
+// Query blocks of up to 16 rows by `fast.hpp`: scores, pooling by mass or max, the best keys.
 #pragma once
 
-#include "fast.hpp"
+#include "fast_max.hpp"
 #include "pool.hpp"
 
 #if SL_FAST
 
 namespace sparseloom::SL_TIER {
 
-constexpr int16_t MUST16 = 32767, NEVER16 = -32768;
-
 // Whether these blocks can go this way at all; whether their numbers can, shows on the way.
 SL_INLINE bool fast_blocks(const SelectArgs& args, const Keys& keys) {
-  return keys.offset && args.bk == 1 && args.bq <= ROWS && !args.thresholds &&
-         (args.pooling == Pooling::none || args.pooling == Pooling::mass);
+  return keys.small && args.bk == 1 && args.bq <= ROWS && !args.thresholds &&
+         args.pooling != Pooling::mean;
 }
 
-// Rows of q times the largest factor that keeps D in range, and what shifts D to where it should be.
-// False: an exponential of these scores would not fit in fp16.
+// Rows of q, for pooled ones times the largest factor that keeps D in range, and what shifts D to
+// where it should be. False: an exponential of these scores would not fit in fp16.
 static bool fast_rows(const SelectArgs& args, const Keys& keys, long b, long h, long first,
                       long count, int8_t* codes, FastRows& rows) {
-  memset(codes, 0, static_cast<size_t>(ROWS * keys.depth));
+  memset(codes, 0, static_cast<size_t>(ROWS * ROW_PARTS * keys.depth));
   rows.count = count;
-  rows.codes = codes;
   rows.clamp = false;
   rows.least = keys.map.count;
   rows.most = 0;
+  const bool mass = args.pooling == Pooling::mass;
   for (long r = 0; r < ROWS; ++r) {
     rows.seen[r] = 0;
     rows.start[r] = 0;
+    rows.bound[r] = 0;
+    rows.step[r] = 0;
     if (r >= count) continue;
     const long row = first + r;
     const int8_t* from = args.q + ((b * args.heads + h) * args.q_len + row) * args.width;
-    int8_t* to = codes + r * keys.depth;
+    int8_t* to = codes + (r * ROW_PARTS + 1) * keys.depth;
     const long mine = seen(args, keys.map, row);
     if (mine > rows.most) rows.most = mine;
-    int total = 0, sizes = 0;
-    for (long i = 0; i < args.width; ++i) {
-      total += from[i];
-      sizes += from[i] < 0 ? -from[i] : from[i];
+    const bool pooled = args.pooling != Pooling::none;
+    if (pooled && (!mine || (args.voters && !args.voters[b * args.voters_stride + row]))) continue;
+    int factor = 1;
+    if (pooled) {
+      const int bound = sum_of_sizes(from, args.width) * keys.largest;
+      const int fits = bound ? (mass ? HIGHEST : 16383) / bound : 1;
+      const int limit = 127 / keys.largest_q;
+      factor = fits < 1 ? 1 : fits < limit ? fits : limit;
+      rows.bound[r] = factor * bound;
     }
-    if (args.pooling == Pooling::none) {
-      rows.start[r] = -keys.offset * total;
-      memcpy(to, from, static_cast<size_t>(args.width));
-      rows.seen[r] = mine;
-      if (mine < rows.least) rows.least = mine;
-      continue;
+    scale_codes(from, args.width, factor, to);
+    if (mass) {
+      rows.start[r] = HIGHEST - rows.bound[r];
+      rows.clamp |= HIGHEST - 2 * rows.bound[r] < LOWEST;
+      const float scale = args.q_scale[(b * args.heads + h) * args.q_len + row] * args.k_scale[h];
+      rows.step[r] = scale * LOG2E / static_cast<float>(factor);
+      if (!(rows.step[r] <= 0.6f)) return false;
     }
-    if (!mine || (args.voters && !args.voters[b * args.voters_stride + row])) continue;
-    const int bound = sizes * keys.largest;
-    const int fits = bound ? HIGHEST / bound : 1, limit = 127 / keys.largest_q;
-    const int factor = fits < 1 ? 1 : fits < limit ? fits : limit;
-    for (long i = 0; i < args.width; ++i) to[i] = static_cast<int8_t>(factor * from[i]);
-    rows.start[r] = HIGHEST - factor * (bound + keys.offset * total);
-    rows.clamp |= HIGHEST - 2 * factor * bound < LOWEST;
-    const float scale = args.q_scale[(b * args.heads + h) * args.q_len + row] * args.k_scale[h];
-    rows.step[r] = scale * LOG2E / static_cast<float>(factor);
-    if (!(rows.step[r] <= 0.6f)) return false;
     rows.seen[r] = mine;
     if (mine < rows.least) rows.least = mine;
   }
@@ -96,56 +92,45 @@ static void keep_top16(const SelectArgs& args, const Keys& keys, long b, long h,
   write_top16(x, n, budget, *room.guess, keys.map.place, args.out + offsets[block]);
 }
 
+// The block's x as fp32 numbers: `value` of each.
+template <class Value>
 static void write_pooled16(const SelectArgs& args, const Keys& keys, long b, long h, long block,
-                           const int16_t* x, float unit) {
+                           const int16_t* x, Value value) {
   const long blocks = (args.q_len + args.bq - 1) / args.bq;
   float* to = args.pooled + ((b * args.heads + h) * blocks + block) * args.kv_len;
   for (long j = 0; j < args.kv_len; ++j) to[j] = -INFINITE;
   const long n = attended_before(keys.map, args.visible[b * args.visible_stride + block]);
-  for (long i = 0; i < n; ++i) {
-    Fp16 bits;
-    memcpy(&bits, x + i, 2);
-    to[keys.map.place ? keys.map.place[i] : i] = to_float(bits) * unit;
-  }
+  for (long i = 0; i < n; ++i) to[keys.map.place ? keys.map.place[i] : i] = value(x[i]);
 }
 
-// False: not in this way.
-template <int DEPTH>
-static bool select_fast(const SelectArgs& args, const Keys& keys, long b, long h, long first,
-                        long last, const Room& room) {
-  if (!fast_blocks(args, keys)) return false;
-  const long start = first * args.bq;
-  const long stop = last * args.bq < args.q_len ? last * args.bq : args.q_len;
-  FastRows rows;
-  if (!fast_rows(args, keys, b, h, start, stop - start, room.rows, rows)) return false;
-  if (!rows.most) return true;  // nothing to keep
-  const long groups = (rows.most + 31) / 32;
+static void select_none16(const SelectArgs& args, const Keys& keys, long b, long h, long first,
+                          const FastRows& rows, const Room& room) {
+  auto* x = reinterpret_cast<int16_t*>(room.scores);
+  const long stride = rows.slabs() * SLAB + 32;
+  Stream stream(keys.codes, keys.depth, room.rows, rows.start);
+  stream.each(rows.slabs(), [&](long slab, int r, const int32_t* scores) SL_LAMBDA {
+    int16_t* to = x + r * stride + slab * SLAB;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) _mm512_store_si512(to + 32 * i, words(scores, i));
+  });
+  for (long r = 0; r < rows.count; ++r) keep_top16(args, keys, b, h, first + r, x + r * stride, room);
+}
 
-  if (args.pooling == Pooling::none) {
-    auto* x = reinterpret_cast<int16_t*>(room.scores);
-    const long stride = round_up(rows.most, 64) + 32;
-    for (long g = 0; g < groups; ++g) {
-      const Group<DEPTH> group(keys, g);
-      for (int r = 0; r < rows.count; ++r)
-        _mm512_store_si512(x + r * stride + g * 32, words(group, rows, r));
-    }
-    for (long block = first; block < last; ++block)
-      keep_top16(args, keys, b, h, block, x + (block - first) * stride, room);
-    return true;
-  }
-
+static bool select_mass16(const SelectArgs& args, const Keys& keys, long b, long h, long first,
+                          long last, const FastRows& rows, const Room& room) {
   auto* e = reinterpret_cast<uint16_t*>(room.scores);
   auto* x = reinterpret_cast<int16_t*>(room.candidates);
   int top[ROWS];
   float total[ROWS], weight[ROWS];
   Tables tables;
+  Stream stream(keys.codes, keys.depth, room.rows, rows.start);
   bool done = false;
-  for (long every = 16; !done && every; every = every == 16 ? 1 : 0) {
-    find_largest<DEPTH>(keys, rows, groups <= 32 ? 1 : every, top);
+  for (long every = rows.slabs() > 8 ? 8 : 1; !done && every; every = every == 8 ? 1 : 0) {
+    find_largest(stream, rows, every, top);
     if (!in_range(rows, top)) return false;
     make_tables(rows, top, tables);
-    done = rows.clamp ? exponentials<DEPTH, true>(keys, rows, tables, e, total)
-                      : exponentials<DEPTH, false>(keys, rows, tables, e, total);
+    done = rows.clamp ? exponentials<true>(stream, rows, tables, e, total)
+                      : exponentials<false>(stream, rows, tables, e, total);
   }
   if (!done) return false;
   const float whole = args.bq <= 8 ? 4096.0f : 2048.0f;  // what a row shares out
@@ -154,10 +139,59 @@ static bool select_fast(const SelectArgs& args, const Keys& keys, long b, long h
     const long from = (block - first) * args.bq;
     const long count = from + args.bq < rows.count ? args.bq : rows.count - from;
     const long n = attended_before(keys.map, args.visible[b * args.visible_stride + block]);
-    weigh(e, (n + 31) / 32, from, count, weight, x);
-    if (args.pooled) write_pooled16(args, keys, b, h, block, x, 1 / whole);
-    else keep_top16(args, keys, b, h, block, x, room);
+    weigh(e, (n + SLAB - 1) / SLAB, from, count, weight, x);
+    if (args.pooled) {
+      write_pooled16(args, keys, b, h, block, x, [&](int16_t bits) {
+        return to_float(Fp16{static_cast<uint16_t>(bits)}) / whole;
+      });
+      continue;
+    }
+    keep_top16(args, keys, b, h, block, x, room);
   }
+  return true;
+}
+
+static void select_max16(const SelectArgs& args, const Keys& keys, long b, long h, long first,
+                         long last, FastRows& rows, const Room& room) {
+  auto* x = reinterpret_cast<int16_t*>(room.scores);
+  const long stride = rows.slabs() * SLAB + 32;
+  Spread spread;
+  {
+    Stream stream(keys.codes, keys.depth, room.rows, rows.start);
+    find_spread(stream, rows, spread);
+  }
+  int16_t factor[ROWS] = {};
+  double unit[ROWS] = {};
+  for (long from = 0; from < rows.count; from += args.bq)
+    unit[from / args.bq] = factors(
+        rows, spread, from, from + args.bq < rows.count ? args.bq : rows.count - from, factor);
+  for (int r = 0; r < ROWS; ++r) rows.start[r] = rows.seen[r] ? -spread.top[r] : NOTHING;
+  Stream stream(keys.codes, keys.depth, room.rows, rows.start);
+  raise(stream, rows, args.bq, factor, x, stride);
+  for (long block = first; block < last; ++block, x += stride) {
+    if (args.pooled) {
+      const double one = unit[block - first];
+      write_pooled16(args, keys, b, h, block, x, [&](int16_t i) {
+        return one > 0 ? static_cast<float>(i / one) : 0.0f;
+      });
+      continue;
+    }
+    keep_top16(args, keys, b, h, block, x, room);
+  }
+}
+
+// False: not in this way.
+static bool select_fast(const SelectArgs& args, const Keys& keys, long b, long h, long first,
+                        long last, const Room& room) {
+  if (!fast_blocks(args, keys)) return false;
+  const long start = first * args.bq;
+  const long stop = last * args.bq < args.q_len ? last * args.bq : args.q_len;
+  FastRows rows;
+  if (!fast_rows(args, keys, b, h, start, stop - start, room.rows, rows)) return false;
+  if (!rows.most) return true;  // nothing to keep
+  if (args.pooling == Pooling::mass) return select_mass16(args, keys, b, h, first, last, rows, room);
+  if (args.pooling == Pooling::max) select_max16(args, keys, b, h, first, last, rows, room);
+  else select_none16(args, keys, b, h, first, rows, room);
   return true;
 }
 

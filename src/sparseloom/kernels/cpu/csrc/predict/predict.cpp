@@ -37,7 +37,7 @@ class Arena {
 };
 
 // Rows that do not all start in the same cache set.
-long row_stride(long n) { return round_up(n, 64) + 16; }
+long row_stride(long n) { return round_up(n, PANELS_TOGETHER * PANEL) + 16; }
 
 }  // namespace
 
@@ -96,13 +96,15 @@ long select(const SelectArgs& args, int threads) {
   const long pairs = args.batch * args.heads;
   const int largest = kernels.largest(args.k, pairs * args.kv_len * args.width);
   const int largest_q = kernels.largest(args.q, pairs * args.q_len * args.width);
-  const int offset = kernels.offset(args.width, largest, largest_q);
+  const bool small = kernels.small(args.width, largest, largest_q);
   const long depth = padded_depth(args.width);
-  const long panels = round_up(args.kv_len, 2 * PANEL) / PANEL;
-  auto* packed = arena.take<int8_t>(pairs * panels * PANEL * depth);
+  const long panels = round_up(args.kv_len, PANELS_TOGETHER * PANEL) / PANEL;
+  const long size = PANEL * depth, before = PANELS_BEFORE * size;
+  auto* packed = arena.take<int8_t>(pairs * panels * size + before) + before;
+  std::memset(packed - before, 0, static_cast<size_t>(before));
   auto* sums = arena.take<int32_t>(pairs * panels * PANEL);
   const auto keys_of = [&](long pair) {
-    return Keys{packed + pair * panels * PANEL * depth, sums + pair * panels * PANEL, depth, offset,
+    return Keys{packed + pair * panels * size, sums + pair * panels * PANEL, depth, small,
                 largest, largest_q, maps[static_cast<size_t>(pair / args.heads)]};
   };
   constexpr long some = 64;  // panels
@@ -126,7 +128,7 @@ long select(const SelectArgs& args, int threads) {
   const long stride = row_stride(args.kv_len);
   for (int worker = 0; worker < workers; ++worker)
     rooms.push_back({arena.take<int32_t>((ROWS + 1) * stride), arena.take<int32_t>(stride),
-                     arena.take<int8_t>(ROWS * depth), &guesses[static_cast<size_t>(worker)],
+                     arena.take<int8_t>(ROWS * ROW_PARTS * depth), &guesses[static_cast<size_t>(worker)],
                      stride});
   next = 0;
   parallel(workers, [&](int worker) {

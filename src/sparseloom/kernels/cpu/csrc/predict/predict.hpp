@@ -13,6 +13,9 @@ namespace sparseloom {
 // column, which products of codes biased by 128 (those of VNNI) take off again.
 constexpr long PANEL = 16;
 constexpr long ROWS = 16;  // rows that are multiplied at once
+// Where scores go by 16 bits (`fast.hpp`), keys come in whole slabs of 8 panels, after 4 that may be
+// read, and a row of codes takes 4 times its depth.
+constexpr long PANELS_TOGETHER = 8, PANELS_BEFORE = 4, ROW_PARTS = 4;
 
 inline long round_up(long n, long step) { return (n + step - 1) / step * step; }
 
@@ -79,7 +82,7 @@ struct Keys {  // of one batch entry and head
   const int8_t* codes;  // packed
   const int32_t* sums;
   long depth;
-  int offset;  // what is added to every code, to make them unsigned bytes; or 0
+  bool small;  // their scores fit in 16 bits
   int largest, largest_q;  // largest codes of keys and of queries
   KeyMap map;
 };
@@ -94,7 +97,7 @@ struct Guess {
 struct Room {
   int32_t* scores;    // (ROWS + 1) rows
   int32_t* candidates;  // stride
-  int8_t* rows;       // (ROWS, depth)
+  int8_t* rows;       // (ROWS, ROW_PARTS · depth)
   Guess* guess;
   long stride;
 };
@@ -107,8 +110,8 @@ struct PredictKernels {
   bool (*encode)(const EncodeArgs& args, long b, long first, long count, int8_t* codes,
                  int32_t* products, float* low);
   int (*largest)(const int8_t* codes, long count);
-  // What is added to keys (`Keys`) with such largest codes.
-  int (*offset)(long width, int largest, int largest_q);
+  // Whether scores of such largest codes are to go by 16 bits (`fast.hpp`).
+  bool (*small)(long width, int largest, int largest_q);
   void (*pack)(const int8_t* codes, long width, const Keys& keys, long first_panel,
                long last_panel, int8_t* packed, int32_t* sums);
   // The query blocks first ... last - 1; at most max(1, ROWS / bq) of them.

@@ -17,13 +17,13 @@ int largest_code(const int8_t* codes, long count) {
   return -low > high ? -low : high;
 }
 
-int offset_of(long width, int largest, int largest_q) {
+bool small_scores(long width, int largest, int largest_q) {
 #if SL_FAST
-  if (largest && largest_q && largest_q < 128 && largest < 128 && largest * largest_q * width < 16000)
-    return largest;
+  return largest && largest_q && largest_q < 128 && largest < 128 &&
+         largest * largest_q * width < 16000;
 #endif
   (void)width, (void)largest, (void)largest_q;
-  return 0;
+  return false;
 }
 
 // Which key stands in a column of packed codes. With AVX512-FP16 two panels share 32 keys such that
@@ -36,48 +36,45 @@ SL_INLINE long key_at(long panel, long column) {
 #endif
 }
 
+// With AVX512-FP16 four panels lie side by side: [panels / 4][depth / 4][4][16][4].
 void pack(const int8_t* codes, long width, const Keys& keys, long first_panel, long last_panel,
           int8_t* packed, int32_t* sums) {
   const KeyMap& map = keys.map;
+  constexpr long apart = SL_FAST ? 256 : 64;  // from four codes of a key to the next four
   for (long panel = first_panel; panel < last_panel; ++panel) {
-    int8_t* to = packed + panel * keys.depth * PANEL;
-    memset(to, 0, static_cast<size_t>(keys.depth * PANEL));
+    int8_t* to = SL_FAST ? packed + panel / 4 * 4 * keys.depth * PANEL + panel % 4 * 64
+                         : packed + panel * keys.depth * PANEL;
+    for (long i = 0; i < keys.depth; i += 4) memset(to + i / 4 * apart, 0, 64);
     for (long c = 0; c < PANEL; ++c) {
       const long key = key_at(panel, c);
       int32_t total = 0;
       if (key < map.count) {
         const int8_t* from = codes + (map.place ? map.place[key] : key) * width;
         long i = 0;
-        for (; i + 4 <= width; i += 4) memcpy(to + i * PANEL + c * 4, from + i, 4);
-        for (; i < width; ++i) to[i / 4 * 4 * PANEL + c * 4 + i % 4] = from[i];
+        for (; i + 4 <= width; i += 4) memcpy(to + i / 4 * apart + c * 4, from + i, 4);
+        for (; i < width; ++i) to[i / 4 * apart + c * 4 + i % 4] = from[i];
         if (BIAS)
           for (i = 0; i < width; ++i) total += from[i];
       }
       sums[panel * PANEL + c] = 128 * total;
     }
-    if (keys.offset)
-      for (long i = 0; i < keys.depth * PANEL; ++i) to[i] = static_cast<int8_t>(to[i] + keys.offset);
   }
 }
 
-// Scores of panels that share their keys, to the order of the keys, without the keys' offset.
-void in_order(const Keys& keys, const int8_t* rows, int32_t* scores, long stride, long panels) {
+// Scores of panels that share their keys, to the order of the keys.
+void in_order(int32_t* scores, long stride, long panels) {
 #if SL_FAST
   const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
   for (long r = 0; r < ROWS; ++r) {
-    int total = 0;
-    for (long i = 0; i < keys.depth; ++i) total += rows[r * keys.depth + i];
-    const __m512i extra = _mm512_set1_epi32(keys.offset * total);
     for (int32_t* x = scores + r * stride, *end = x + panels * PANEL; x < end; x += 32) {
-      const __m512i a = _mm512_sub_epi32(_mm512_loadu_si512(x), extra);
-      const __m512i b = _mm512_sub_epi32(_mm512_loadu_si512(x + 16), extra);
+      const __m512i a = _mm512_loadu_si512(x), b = _mm512_loadu_si512(x + 16);
       _mm512_storeu_si512(x, _mm512_permutex2var_epi32(a, low, b));
       _mm512_storeu_si512(x + 16, _mm512_permutex2var_epi32(a, high, b));
     }
   }
 #else
-  (void)keys, (void)rows, (void)scores, (void)stride, (void)panels;
+  (void)scores, (void)stride, (void)panels;
 #endif
 }
 
@@ -160,8 +157,8 @@ long score(const SelectArgs& args, const Keys& keys, long b, long h, long first,
   copy_rows(args, b, h, first, count, room, keys.depth);
   const long panels = round_up(n, 2 * PANEL) / PANEL;
   product(room.rows, keys.depth, keys.codes, keys.sums, panels, room.scores, room.stride,
-          keys.offset != 0);
-  in_order(keys, room.rows, room.scores, room.stride, panels);
+          SL_FAST);
+  in_order(room.scores, room.stride, panels);
   return n;
 }
 
@@ -291,10 +288,7 @@ void select_above(const SelectArgs& args, const Keys& keys, long b, long h, long
 void select_blocks(const SelectArgs& args, const Keys& keys, long b, long h, long first, long last,
                    const Room& room) {
 #if SL_FAST
-  const bool done = keys.depth == 16 ? select_fast<16>(args, keys, b, h, first, last, room)
-                    : keys.depth == 32 ? select_fast<32>(args, keys, b, h, first, last, room)
-                                       : select_fast<0>(args, keys, b, h, first, last, room);
-  if (done) return;
+  if (select_fast(args, keys, b, h, first, last, room)) return;
 #endif
   if (args.thresholds) select_above(args, keys, b, h, first, last, room);
   else select_top(args, keys, b, h, first, last, room);
@@ -303,6 +297,6 @@ void select_blocks(const SelectArgs& args, const Keys& keys, long b, long h, lon
 }  // namespace
 
 extern const PredictKernels predict_kernels = {begin_products, end_products, encode_rows,
-                                               largest_code, offset_of, pack, select_blocks};
+                                               largest_code, small_scores, pack, select_blocks};
 
 }  // namespace sparseloom::SL_TIER

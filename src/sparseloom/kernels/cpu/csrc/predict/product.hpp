@@ -36,65 +36,42 @@ struct alignas(64) TileConfig {
 
 SL_INLINE long tile_depth(long depth) { return depth / ((depth + 63) / 64); }
 
-// Tiles 0, 1: sums of 16 rows x 16 columns; 2: rows; 3, 4: packed columns.
+// Tiles 0 ... 3: sums of 16 rows x 16 columns; 4: rows and 5: packed columns of twice the depth,
+// where that fits (`stream.hpp`); 6: rows, 7: columns.
 static void begin_products(long depth) {
-  const long bytes = tile_depth(depth);
+  const long bytes = tile_depth(depth), twice = 2 * depth <= 64 ? 2 * depth : bytes;
+  const long rows[8] = {ROWS, ROWS, ROWS, ROWS, ROWS, twice / 4, ROWS, bytes / 4};
+  const long width[8] = {64, 64, 64, 64, twice, 64, bytes, 64};
   TileConfig config = {};
   config.palette = 1;
-  for (int tile = 0; tile < 5; ++tile) {
-    config.rows[tile] = static_cast<uint8_t>(tile == 3 || tile == 4 ? bytes / 4 : ROWS);
-    config.bytes[tile] = static_cast<uint16_t>(tile == 2 ? bytes : 64);
+  for (int tile = 0; tile < 8; ++tile) {
+    config.rows[tile] = static_cast<uint8_t>(rows[tile]);
+    config.bytes[tile] = static_cast<uint16_t>(width[tile]);
   }
-  asm volatile("" : : "r"(&config) : "memory");  // GCC's intrinsic reads but eight bytes of it
+  asm volatile("" : : "r"(&config) : "memory");
   // GCC's _tile_loadconfig says that it reads 8 bytes: the other stores may then be left out.
   asm volatile("ldtilecfg %0" : : "m"(config));
 }
 static void end_products() { _tile_release(); }
 
-// out[r * stride + c] for ROWS rows and the columns of `panels` panels.
-template <bool UNSIGNED>
-static void products(const int8_t* rows, long depth, const int8_t* codes, long panels, int32_t* out,
-                     long stride) {
-  const long bytes = tile_depth(depth), size = depth * PANEL;
-  const int row_step = static_cast<int>(stride * 4);
-  asm volatile("" : : : "memory");  // nor does it say that loading tiles reads memory
-  long panel = 0;
-  for (; panel + 2 <= panels; panel += 2) {
-    _tile_zero(0);
-    _tile_zero(1);
-    for (long at = 0; at < depth; at += bytes) {
-      const int8_t* b = codes + panel * size + at * PANEL;
-      _tile_loadd(2, rows + at, static_cast<int>(depth));
-      _tile_loadd(3, b, 64);
-      _tile_loadd(4, b + size, 64);
-      if (UNSIGNED) {
-        _tile_dpbsud(0, 2, 3);
-        _tile_dpbsud(1, 2, 4);
-      } else {
-        _tile_dpbssd(0, 2, 3);
-        _tile_dpbssd(1, 2, 4);
-      }
-    }
-    _tile_stored(0, out + panel * PANEL, row_step);
-    _tile_stored(1, out + (panel + 1) * PANEL, row_step);
-  }
-  if (panel < panels) {
-    _tile_zero(0);
-    for (long at = 0; at < depth; at += bytes) {
-      _tile_loadd(2, rows + at, static_cast<int>(depth));
-      _tile_loadd(3, codes + panel * size + at * PANEL, 64);
-      if (UNSIGNED) _tile_dpbsud(0, 2, 3);
-      else _tile_dpbssd(0, 2, 3);
-    }
-    _tile_stored(0, out + panel * PANEL, row_step);
-  }
-}
-
-// `plus`: the packed codes are unsigned.
+// out[r * stride + c] for ROWS rows and the columns of `panels` panels. `side_by_side`: as
+// `key_codes` packs them.
 static void product(const int8_t* rows, long depth, const int8_t* codes, const int32_t*,
-                    long panels, int32_t* out, long stride, bool plus = false) {
-  if (plus) products<true>(rows, depth, codes, panels, out, stride);
-  else products<false>(rows, depth, codes, panels, out, stride);
+                    long panels, int32_t* out, long stride, bool side_by_side = false) {
+  const long bytes = tile_depth(depth), apart = side_by_side ? 256 : 64;
+  const int row_step = static_cast<int>(stride * 4), step = static_cast<int>(apart);
+  asm volatile("" : : : "memory");  // loading tiles does not say that it reads memory
+  for (long panel = 0; panel < panels; ++panel) {
+    const int8_t* columns = side_by_side ? codes + panel / 4 * 4 * PANEL * depth + panel % 4 * 64
+                                         : codes + panel * PANEL * depth;
+    _tile_zero(0);
+    for (long at = 0; at < depth; at += bytes) {
+      _tile_loadd(6, rows + at, static_cast<int>(depth));
+      _tile_loadd(7, columns + at / 4 * apart, step);
+      _tile_dpbssd(0, 6, 7);
+    }
+    _tile_stored(0, out + panel * PANEL, row_step);
+  }
 }
 
 #else

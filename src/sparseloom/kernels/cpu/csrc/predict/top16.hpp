@@ -1,7 +1,7 @@
 // The largest k of n 16-bit integers, exactly; of equal ones the first. (`top.hpp` for 32 bits.)
 #pragma once
 
-#include "product.hpp"
+#include "stream.hpp"
 
 #if SL_FAST
 
