@@ -23,6 +23,7 @@ from sparseloom.experiments.bench import AttentionCase, bench_attention, bench_p
 from sparseloom.experiments.bench_decode import DecodeCase, bench_decode
 from sparseloom.kernels import available_backends
 from sparseloom.kernels.cpu import native
+from sparseloom.methods.pooling import POOLINGS
 from sparseloom.results import ResultsFile, read_results, results, write_results
 
 OUT = Path(__file__).parents[1] / "results" / "cpu_kernels.json"
@@ -60,9 +61,16 @@ def given(repeats: int, say: Say) -> Rows:
 
 
 def whole(repeats: int, say: Say) -> Rows:
-    """Prediction and selection alone; the whole path is a contender of part "given", too."""
-    cases = [case(block_size=(8, 1), sparsity=share) for share in SPARSITIES]
-    return bench_predict(cases, repeats=repeats, progress=say)
+    """Prediction and selection alone, and the whole path, with each rule of pooling; with "mass"
+    the path is a contender of part "given", too."""
+    cases = [
+        case(block_size=(8, 1), sparsity=share, pooling=pooling)
+        for pooling in POOLINGS
+        for share in SPARSITIES
+    ]
+    alone = bench_predict(cases, repeats=repeats, progress=say)
+    path = bench_attention(cases, backends=["cpu"], repeats=repeats, progress=say)
+    return [*alone, *(row for row in path if row.get("contender") == "dynamic")]
 
 
 def gradients(repeats: int, say: Say) -> Rows:

@@ -76,6 +76,7 @@ def test_rows_fit_the_schema_and_add_up() -> None:
     assert given["baseline_ms"] == dense["ms"]
     assert timed["dynamic"]["path"] == "whole"
     assert timed["dynamic"]["rule"] in ("sparse", "dense")
+    assert timed["dynamic"]["pooling"] == "mass"
     refused = {row["contender"]: row["note"] for row in rows if row.get("record") == "refused"}
     assert refused.keys() == {"flex", "csr"}
     assert "1 key" in refused["csr"] or "as many key heads" in refused["csr"]
@@ -123,11 +124,12 @@ def test_half_precision_is_compared_with_both_baselines() -> None:
 
 
 def test_prediction_alone() -> None:
-    case = AttentionCase(**{**SMALL, "kv_heads": 2}, block_size=(8, 1))
+    case = AttentionCase(**{**SMALL, "kv_heads": 2}, block_size=(8, 1), pooling="max")
     rows = bench_predict([case], repeats=1)
     assert results(rows).rows
     row = rows[-1]
     assert (row["op"], row["path"], row["contender"]) == ("predict", "select", "select")
+    assert (row["pooling"], row["bits"], row["projection"]) == ("max", 4, 0.25)
     ops = 2 * (48 * 32 * 2 * 2 * 4 + 2 * 48 * 49 // 2 * 4)  # width 4 of 16, two heads
     assert row["gflops"] * row["ms"] == pytest.approx(ops / 1e6)
     assert row["peak_fraction"] == pytest.approx(row["gflops"] / 40)
@@ -176,6 +178,7 @@ def test_memory_is_that_of_the_call() -> None:
         ({"heads": 3, "kv_heads": 2}, "heads must be a multiple of kv_heads, got 3 and 2"),
         ({"sparsity": 1.0}, "sparsity must be in"),
         ({"dtype": "int8"}, "dtype must be one of float32"),
+        ({"pooling": "sum"}, "pooling must be"),
         ({"q_len": 64}, "q_len must not exceed kv_len"),
     ],
 )

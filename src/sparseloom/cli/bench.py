@@ -61,6 +61,13 @@ def bench(
             help="random, model (what the built-in model keeps) or trace:DIR; may be repeated.",
         ),
     ] = ["random"],  # noqa: B006
+    pooling: Annotated[
+        list[str],
+        typer.Option(
+            "--pooling",
+            help="How prediction ranks key blocks: mass, max, mean; may be repeated.",
+        ),
+    ] = ["mass"],  # noqa: B006
     gradients: Annotated[bool, typer.Option("--gradients", help="Forward and backward.")] = False,
     backend: Annotated[
         list[str] | None,
@@ -113,7 +120,7 @@ def bench(
         else:
             cases = _cases(
                 q_len or [2048], kv_len, heads, kv_heads, head_dim, block_size, sparsity, dtype,
-                causal, mask, gradients, masks,
+                causal, mask, pooling, gradients, masks,
             )  # fmt: skip
             if operation is Operation.predict:
                 rows = study.bench_predict(
@@ -141,6 +148,7 @@ def _cases(
     dtypes: Sequence[str],
     causal: bool,
     sources: Sequence[str],
+    poolings: Sequence[str],
     gradients: bool,
     masks: dict[str, SparseMask],
 ) -> list[AttentionCase]:
@@ -166,9 +174,11 @@ def _cases(
                         dtype=dtype,
                         causal=is_causal,
                         mask=f"trace {name}",
+                        pooling=pooling,
                         **common,
                     )
                     for dtype in dtypes
+                    for pooling in poolings
                 ]
             continue
         if source not in ("random", "model"):
@@ -184,8 +194,10 @@ def _cases(
                 dtype=dtype,
                 causal=causal,
                 mask=source,
+                pooling=pooling,
                 **common,
             )
+            for pooling in poolings
             for length in q_lens
             for keys in kv_lens or [length]
             for block in blocks
@@ -351,6 +363,7 @@ _COLUMNS: list[Column] = [
     ("dtype", value("dtype")),
     ("path", value("path")),
     ("contender", value("contender")),
+    ("pooling", value("pooling")),
     ("density", percent("density")),
     ("ms", number("ms", 2)),
     ("spread", percent("spread")),

@@ -26,7 +26,7 @@ from sparseloom.experiments.bench_masks import model_mask, random_mask
 from sparseloom.experiments.timing import Timing, interleave
 from sparseloom.kernels.cpu.peaks import Peaks, measure_peaks
 from sparseloom.mask import SparseMask
-from sparseloom.methods import costs
+from sparseloom.methods import DynamicSparse, costs
 
 __all__ = [
     "AttentionCase",
@@ -120,7 +120,6 @@ def bench_predict(
             "op": "predict",
             "gflops": ops / row["ms"] / 1e6,
             "peak_gflops": peaks.int8_gops or peaks.gflops,
-            "bits": method.bits,
             "width": method.predictor.width if method.predictor is not None else None,
         }
         row["peak_fraction"] = row["gflops"] / row["peak_gflops"]
@@ -248,12 +247,18 @@ def _row(
         "peak_gbytes_s": peaks.dram_gbytes_s,
         "peak_fraction": gflops / peak,
         "seed": seed,
-    } | (_rule(case, seed) if contender.path == "whole" else {})
+    } | (_settings(case, seed) if contender.path in ("whole", "select") else {})
 
 
-def _rule(case: AttentionCase, seed: int) -> dict[str, Any]:
-    """What the cost rule would do, had it a say here."""
-    found = costs.forecast(untrained(case, seed), case.shape, case.dtype)
+def _settings(case: AttentionCase, seed: int) -> dict[str, Any]:
+    """How it selects, and what the cost rule would do, had it a say here."""
+    method = untrained(case, seed)
+    settings = {"projection": method.projection, "bits": method.bits, "pooling": method.pooling}
+    return settings | _rule(case, method)
+
+
+def _rule(case: AttentionCase, method: DynamicSparse) -> dict[str, Any]:
+    found = costs.forecast(method, case.shape, case.dtype)
     if found is None:
         return {"rule": "dense", "rule_ratio": None}
     verdict = "sparse" if found.ratio <= costs.MARGIN else "dense"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from sparseloom.methods import AttentionShape
+from sparseloom.methods.pooling import POOLINGS
+from sparseloom.methods.settings import check_choice
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -17,7 +19,7 @@ class AttentionCase:
 
     `sparsity` is the share of allowed key blocks that each query block drops; `mask` says where
     the mask comes from: "random", "model", or "trace:NAME" of a selection; `gradients` asks for
-    forward and backward.
+    forward and backward; `pooling` is how the whole path and prediction rank key blocks.
     """
 
     q_len: int = 2048
@@ -31,6 +33,7 @@ class AttentionCase:
     causal: bool = True
     mask: str = "random"
     gradients: bool = False
+    pooling: str = "mass"
 
     def __post_init__(self) -> None:
         sizes = {"q_len": self.q_len, "kv_len": self.kv_len, "heads": self.heads}
@@ -44,6 +47,7 @@ class AttentionCase:
             )
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        check_choice("pooling", self.pooling, POOLINGS)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.causal and self.q_len > self.kv_len:

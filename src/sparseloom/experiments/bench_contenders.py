@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from sparseloom.kernels import attention, available_backends
 from sparseloom.kernels.api import AttentionOutput
 from sparseloom.mask import SparseMask
 from sparseloom.methods import AttentionInputs, DynamicSparse, Predictor
+from sparseloom.methods.pooling import Pooling
 
 BASELINE = "sdpa float32"
 PEERS = ("masked", "csr")
@@ -296,6 +298,7 @@ def untrained(case: AttentionCase, seed: int, projection: float = 0.25) -> Dynam
         sparsity=case.sparsity,
         block_size=case.block_size,
         projection=projection,
+        pooling=cast("Pooling", case.pooling),
         rotary=False,
     )
     hidden_size = case.heads * case.head_dim

@@ -30,9 +30,12 @@ from sparseloom.methods.predictor import predictor_width
 from sparseloom.methods.selection import kept_blocks
 from sparseloom.results import machine_facts, versions
 
-LENGTHS = (256, 512, 1024, 2048, 4096)
+LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 BLOCKS = ((1, 1), (4, 1), (8, 1), (16, 1), (64, 64))
 SPARSITIES = (0.3, 0.6, 0.8, 0.9, 0.97)
+LONG = 2048
+"""Longer calls take long: of them only these sparsities and dtypes, and none causal."""
+LONG_SPARSITIES, LONG_DTYPES = (0.8, 0.97), ("float32", "bfloat16")
 PROJECTION, WIDE = 0.25, 0.5
 _LIMIT_S = 2.0  # of one contender: long runs need few repeats
 _IRRELEVANT = 4.0  # times dense: such points are far from any crossover
@@ -94,6 +97,7 @@ def calibrate(
             for dtype in dtypes
             for causal in (False, True)
             if not causal or (share == max(sparsities[:-1]) and dtype == "float32")
+            if length <= LONG or (share in LONG_SPARSITIES and dtype in LONG_DTYPES and not causal)
         ]  # fmt: skip
         _measure(cases, measured, repeats, seed, progress or (lambda _: None))
     facts = machine_facts()
