@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
+from pathlib import Path
 from typing import Any
 
+import numba
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,15 +58,35 @@ def test_the_log_keeps_the_window_and_counts_what_does_not_fit() -> None:
     assert (found.intervals[:, 3] > 10).all()
 
 
-def test_the_stamp_of_compiled_code_covers_every_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    def double(x: int) -> int:
-        return 2 * x
+def test_the_files_of_compiled_code_are_named_after_every_source(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def names(stamp: int) -> Any:
+        def double(x: int) -> int:
+            return 2 * x
 
-    first = module.compiled(double)
-    monkeypatch.setattr(module, "_stamp", lambda: 1)
-    second = module.compiled(double)
-    dispatchers: tuple[Any, Any] = (first, second)
-    stamps = [d._cache._cache_file._source_stamp for d in dispatchers]
-    assert stamps[0][:-1] == stamps[1][:-1]
-    assert stamps[0][-1] != stamps[1][-1]
-    assert second(4) == 8
+        monkeypatch.setattr(module, "_stamp", lambda: stamp)
+        return module.compiled(double)
+
+    first, second = names(1), names(2)
+    assert first(4) == second(4) == 8
+    folder = Path(first.stats.cache_path)
+    for stamp in (1, 2):
+        found = list(folder.glob(f"*double.{stamp:08x}*.nbi"))
+        assert len(found) == 1
+        for file in folder.glob(f"*double.{stamp:08x}*"):
+            file.unlink()
+
+
+def test_inlined_functions_are_compiled_once_for_all_constants() -> None:
+    def add(x: int, y: int) -> int:
+        return x + y
+
+    inner = module.inlined(add)
+
+    def three(x: int) -> int:
+        return inner(inner(inner(x, 1), 2), 3)
+
+    outer: Any = numba.njit(three)
+    assert outer(4) == 10
+    assert inner(4, 5) == 9

@@ -6,7 +6,7 @@ the package's folder cannot be written, numba keeps its files in the user's cach
 
 Units pass many arrays to each other in every cycle. Counting references to them would take a
 hundred times as long as the simulation: `compiled` and `inlined` leave it out, and so cannot make
-arrays; what makes some is `allocating`.
+arrays, views included; what makes some is `allocating`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from __future__ import annotations
 import inspect
 import zlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+from numba import extending
 
 _F = TypeVar("_F", bound=Callable[..., object])
 
@@ -34,33 +35,33 @@ def allocating(function: _F) -> _F:
 
 
 def inlined(function: _F) -> _F:
-    """`function` for use inside compiled ones only: a port, a FIFO, a state machine."""
-    return cast("_F", numba.njit(nogil=True, _nrt=False)(inspect.unwrap(function)))
+    """`function` for use inside compiled ones: a port, a FIFO, the step of a unit.
+
+    It becomes part of its callers, which costs them no call, and is compiled once for integers
+    whatever constants it is called with. Python may call it too, for a test.
+    """
+    plain = inspect.unwrap(function)
+    options: Any = {"nogil": True, "_nrt": False}
+    from_python = numba.njit(**options)(plain)
+
+    @wraps(plain)
+    def called(*args: object, **named: object) -> object:
+        return from_python(*args, **named)
+
+    # As an overload it needs no entry from Python, and is not specialised on every literal.
+    inner = {**options, "forceinline": True, "no_cfunc_wrapper": True}
+    extending.overload(called, jit_options=inner, strict=False)(lambda *args, **named: plain)
+    return cast("_F", called)
 
 
 def _cached(function: _F, *, counted: bool) -> _F:
     # Checkers of annotations wrap functions while the tests run; numba compiles what is inside.
     plain = inspect.unwrap(function)
-    dispatcher: Any = numba.njit(cache=True, nogil=True, _nrt=counted)(plain)
-    if dispatcher is plain:  # NUMBA_DISABLE_JIT: plain Python, for debugging
-        return function
-    kept = getattr(dispatcher._cache, "_cache_file", None)
-    if kept is None or not hasattr(kept, "_source_stamp"):
-        # Another numba keeps its stamp elsewhere: rather compile every time than run stale code.
-        dispatcher = numba.njit(nogil=True, _nrt=counted)(plain)
-    else:
-        kept._source_stamp = (*kept._source_stamp, _stamp())
-    return cast("_F", dispatcher)
-
-
-def bare(function: _F) -> _F:
-    """`inlined` without reference counts: for small functions of a state with many arrays.
-
-    Every field of such a state that a function reads costs two atomic additions otherwise, which
-    is most of its time. In return the function must not make an array (views are free).
-    """
-    options: Any = {"nogil": True, "_nrt": False}
-    return cast("_F", numba.njit(**options)(inspect.unwrap(function)))
+    # The names of the files on disk hold this name: those of older sources are never opened, which
+    # matters because reading them would look for classes that may be gone.
+    plain.__qualname__ = f"{plain.__qualname__}.{_stamp():08x}"
+    options: Any = {"nogil": True, "_nrt": counted, "cache": True}
+    return cast("_F", numba.njit(**options)(plain))
 
 
 @cache

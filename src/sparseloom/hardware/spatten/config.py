@@ -18,7 +18,7 @@ class Multipliers(Section):
 
 
 class Buffer(Section):
-    """The key or the value SRAM: both halves of the double buffer, as lines of the array's width."""
+    """The key or the value SRAM: both halves of the double buffer, in lines as wide as the array."""
 
     lines: int = Field(ge=2)
     banks: int = Field(ge=1)
@@ -30,11 +30,17 @@ class Fetcher(Section):
 
     ports: int = Field(ge=1)
     address_fifo_depth: int = Field(ge=1)
-    data_fifo_depth: int = Field(ge=1)
+    data_fifo_depth: int = Field(ge=1, le=256)
     loads_in_flight: int = Field(ge=1, le=32)
     request_latency: int = Field(ge=0)
     align_latency: int = Field(ge=0)
     read_latency: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _a_power_of_two(self) -> Fetcher:
+        if self.data_fifo_depth & (self.data_fifo_depth - 1):
+            raise ValueError(f"data_fifo_depth must be a power of two, got {self.data_fifo_depth}")
+        return self
 
 
 class Softmax(Section):
@@ -126,7 +132,7 @@ class SpAttenConfig(MachineConfig):
     @model_validator(mode="after")
     def _lanes_fit(self) -> SpAttenConfig:
         if self.scores.multipliers != self.values.multipliers:
-            raise MachineError(
+            raise ValueError(
                 f"values.multipliers must equal scores.multipliers ({self.scores.multipliers}), "
                 f"got {self.values.multipliers}: one line of either SRAM feeds its array"
             )

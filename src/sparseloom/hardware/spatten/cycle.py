@@ -96,9 +96,9 @@ def _loop(
         fetch.step_gather(z, s, log, now)
         fetch.step_memory(z, s, m, log, now)
         fetch.step_addresses(z, s, m, log, now)
-        fetch.step_ports(z, s, key_ids, value_ids, log, now)
+        fetch.step_ports(z, s, m, key_ids, value_ids, log, now)
         pipeline.step_token_topk(z, s, loads, log, now)
-        pipeline.step_loads(z, s, loads, log, now)
+        pipeline.step_loads(z, s, loads, now)
         if s.registers[st.R_DONE_ROWS] != last_done:
             last_done, last_change = s.registers[st.R_DONE_ROWS], now
         if now - last_change > quiet:

@@ -19,6 +19,10 @@ from sparseloom.hardware.spatten.state import Sizes, State
 from sparseloom.hardware.units import dram as memory
 from sparseloom.hardware.units.dram import Dram
 
+# An entry of an address FIFO: address, channel, slot of the port's data FIFO.
+SLOT_BITS, CHANNEL_BITS = 8, 8
+SLOT_MASK, CHANNEL_MASK = (1 << SLOT_BITS) - 1, (1 << CHANNEL_BITS) - 1
+
 
 @inlined
 def request(
@@ -94,12 +98,12 @@ def step_gather(z: Sizes, s: State, log: Log, now: int) -> None:
         return
     here = 0
     for p in range(n):
-        here += s.arrived[p, s.ports[p, st.P_TAKEN] % z.data_depth]
+        here += s.arrived[p, s.ports[p, st.P_TAKEN] & (z.data_depth - 1)]
     if here < n:
         note(log, st.DATA, st.ON_PORTS if here > 0 else st.ON_DATA, -1, now)
         return
     for p in range(n):
-        s.arrived[p, s.ports[p, st.P_TAKEN] % z.data_depth] = 0
+        s.arrived[p, s.ports[p, st.P_TAKEN] & (z.data_depth - 1)] = 0
         s.ports[p, st.P_TAKEN] += 1
     s.groups[g, st.G_TAKEN] += 1
     note(log, st.DATA, st.BUSY, -1, now)
@@ -117,14 +121,15 @@ def step_gather(z: Sizes, s: State, log: Log, now: int) -> None:
 @inlined
 def step_memory(z: Sizes, s: State, m: Dram, log: Log, now: int) -> None:
     """Module 14: responses back to their ports, then one memory clock."""
-    if memory.in_flight(m) == 0:
+    if s.registers[st.R_IN_FLIGHT] == 0:
         note(log, st.DRAM, st.IDLE, -1, now)
         memory.step(m, now)
         return
     for channel in range(z.channels):
         tag = memory.pop(m, channel, now)
         if tag >= 0:
-            s.arrived[tag // z.data_depth, tag % z.data_depth] = 1
+            s.arrived[tag >> SLOT_BITS, tag & SLOT_MASK] = 1
+            s.registers[st.R_IN_FLIGHT] -= 1
     memory.step(m, now)
     note(log, st.DRAM, st.BUSY, -1, now)
 
@@ -141,22 +146,23 @@ def step_addresses(z: Sizes, s: State, m: Dram, log: Log, now: int) -> None:
         if fifo.used(s.addresses, p) == 0:
             continue
         item = fifo.peek(s.addresses, p)
-        address = item // z.data_depth
-        channel = memory.channel_of(m, address)
+        channel = (item >> SLOT_BITS) & CHANNEL_MASK
         if (granted >> channel) & 1 or not memory.can_accept(m, channel):
             refused = True
             continue
         granted |= 1 << channel
         fifo.pop(s.addresses, p)
         s.registers[st.R_ADDRESSES] -= 1
-        memory.push(m, channel, address, False, p * z.data_depth + item % z.data_depth, now)
+        tag = (p << SLOT_BITS) | (item & SLOT_MASK)
+        memory.push(m, channel, item >> (SLOT_BITS + CHANNEL_BITS), False, tag, now)
+        s.registers[st.R_IN_FLIGHT] += 1
         s.counts[st.C_ATOMS] += 1
     note(log, st.ADDRESS, st.ON_CHANNEL if refused and granted == 0 else st.BUSY, -1, now)
 
 
 @inlined
 def step_ports(
-    z: Sizes, s: State, ids: np.ndarray, value_ids: np.ndarray, log: Log, now: int
+    z: Sizes, s: State, m: Dram, ids: np.ndarray, value_ids: np.ndarray, log: Log, now: int
 ) -> None:
     """Module 3: ports put the addresses of their vectors in their FIFOs, then take new ids."""
     if s.registers[st.R_PUSHING] > 0:
@@ -167,8 +173,10 @@ def step_ports(
             busy = s.ports[p, st.P_ISSUED] - s.ports[p, st.P_TAKEN] == z.data_depth
             if busy or fifo.full(s.addresses, p):
                 continue
-            slot = s.ports[p, st.P_ISSUED] % z.data_depth
-            fifo.push(s.addresses, p, s.ports[p, st.P_ADDRESS] * z.data_depth + slot)
+            slot = s.ports[p, st.P_ISSUED] & (z.data_depth - 1)
+            address = s.ports[p, st.P_ADDRESS]
+            place = (address << CHANNEL_BITS) | memory.channel_of(m, address)
+            fifo.push(s.addresses, p, (place << SLOT_BITS) | slot)
             s.registers[st.R_ADDRESSES] += 1
             s.ports[p, st.P_ISSUED] += 1
             s.ports[p, st.P_ADDRESS] += ATOM

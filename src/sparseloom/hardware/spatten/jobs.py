@@ -22,7 +22,7 @@ from sparseloom.trace import AttentionCall, MaskArrays, Operator, Selection, Wor
 class Load(NamedTuple):
     """One load; a table of loads has these as its columns (`L_…`).
 
-    keys_at, keys: slice of `Jobs.key_ids`; first_row, rows: slice of the rows.
+    keys_at, keys: slice of `Jobs.key_ids`, in so many lines; first_row, rows: slice of the rows.
     key_base, key_stride, key_atoms: address of id 0, bytes between ids, atoms read per id; `low_…`
     for the low bits, `value_…` for values; both `head_region` bytes further for each row (0 unless
     heads are packed). heads: heads packed in one key vector.
@@ -34,6 +34,7 @@ class Load(NamedTuple):
 
     keys_at: int
     keys: int
+    lines: int
     first_row: int
     rows: int
     key_base: int
@@ -58,6 +59,7 @@ class Load(NamedTuple):
 (
     L_KEYS_AT,
     L_KEYS,
+    L_LINES,
     L_FIRST_ROW,
     L_ROWS,
     L_KEY_BASE,
@@ -79,9 +81,19 @@ class Load(NamedTuple):
     L_CALL,
 ) = range(len(Load._fields))
 
-N_LOAD, N_KEYS, N_VALUES, N_REFETCH, N_VALUE_IDS_AT, N_PROBABILITIES_AT = range(6)
+(
+    N_LOAD,
+    N_KEYS,
+    N_VALUES,
+    N_REFETCH,
+    N_VALUE_IDS_AT,
+    N_PROBABILITIES_AT,
+    N_LINES,
+    N_VALUE_LINES,
+) = range(8)
 """Columns of the table of rows: the load, keys seen, values used, whether low bits are fetched
-again, and where the row's value ids and probabilities lie (−1: all of the load's, unknown)."""
+again, where the row's value ids and probabilities lie (−1: all of the load's, unknown), and the
+lines of its keys and values."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +183,7 @@ def lower(
             if rank is not None:
                 made.loads[-1] = made.loads[-1]._replace(rank_from=rank[0], rank_to=rank[1])
                 ranked = len(made.loads) - 1
-    return _finish(made, head_dim, ())
+    return _finish(made, head_dim, config.keys_per_cycle(head_dim), ())
 
 
 def _ranking(
@@ -335,6 +347,7 @@ def _add(
         Load(
             keys_at=made.key_count,
             keys=head.ids.size,
+            lines=-(-head.ids.size // config.keys_per_cycle(operator.head_dim)),
             first_row=made.row_count,
             rows=rows,
             key_base=vectors.key_base,
@@ -375,8 +388,9 @@ def _add(
     made.useful_values += int(head.values.sum())
 
 
-def _finish(made: _Builder, head_dim: int, notes: tuple[str, ...]) -> Jobs:
+def _finish(made: _Builder, head_dim: int, per_line: int, notes: tuple[str, ...]) -> Jobs:
     rows = [_joined([row[i] for row in made.rows]) for i in range(6)]
+    rows += [-(-rows[N_KEYS] // per_line), -(-rows[N_VALUES] // per_line)]
     return Jobs(
         head_dim=head_dim,
         loads=np.array(made.loads, np.int64).reshape(-1, len(Load._fields)),

@@ -18,13 +18,14 @@ from sparseloom.hardware.spatten.jobs import (
     L_DRAIN,
     L_FIRST_ROW,
     L_GENERATION,
-    L_HEADS,
     L_HEAD_REGION,
-    L_KEYS,
-    L_KEYS_AT,
+    L_HEADS,
     L_KEY_ATOMS,
     L_KEY_BASE,
     L_KEY_STRIDE,
+    L_KEYS,
+    L_KEYS_AT,
+    L_LINES,
     L_LOW_ATOMS,
     L_LOW_BASE,
     L_LOW_STRIDE,
@@ -35,21 +36,18 @@ from sparseloom.hardware.spatten.jobs import (
     L_VALUE_BASE,
     L_VALUE_STRIDE,
     N_KEYS,
+    N_LINES,
     N_LOAD,
     N_PROBABILITIES_AT,
     N_REFETCH,
-    N_VALUES,
     N_VALUE_IDS_AT,
+    N_VALUE_LINES,
+    N_VALUES,
 )
 from sparseloom.hardware.spatten.state import Sizes, State
 from sparseloom.hardware.units.topk import filter_cycles, select_from
 
 NEVER = 1 << 60
-
-
-@inlined
-def _lines(z: Sizes, keys: int) -> int:
-    return (keys + z.keys_per_line - 1) // z.keys_per_line
 
 
 @inlined
@@ -65,7 +63,7 @@ def step_values(
     load = rows[row, N_LOAD]
     generation = loads[load, L_GENERATION] == 1
     needed = rows[row, N_VALUES]
-    lines = _lines(z, needed)
+    lines = rows[row, N_VALUE_LINES]
     line = s.registers[st.R_VALUE_LINE]
     if line < lines:
         upto = min(needed, (line + 1) * z.keys_per_line)
@@ -95,7 +93,7 @@ def step_values(
     s.loads[load, st.LOAD_UNFINISHED] -= 1
     if s.loads[load, st.LOAD_UNFINISHED] == 0:
         if not generation:
-            s.registers[st.R_VALUE_LINES] -= _lines(z, loads[load, L_KEYS])
+            s.registers[st.R_VALUE_LINES] -= loads[load, L_LINES]
         s.registers[st.R_LOADS_DONE] += 1
         s.loads[load, st.LOAD_END] = now + 1 + z.value_latency
         s.registers[st.R_END] = max(s.registers[st.R_END], s.loads[load, st.LOAD_END])
@@ -123,13 +121,13 @@ def step_value_topk(
             return
         load = rows[row, N_LOAD]
         generation = loads[load, L_GENERATION] == 1
-        needed = _lines(z, rows[row, N_VALUES])
+        needed = rows[row, N_VALUE_LINES]
         if generation and s.registers[st.R_VALUE_LINES] + needed > z.value_lines:
             note(log, st.VALUE_TOPK, st.ON_SRAM, row, now)
             return
         fifo.pop(s.queues, st.TO_TOPK)
         s.registers[st.R_TOPK_ROW] = row + 1
-        s.registers[st.R_DECIDE_USED] -= _lines(z, rows[row, N_KEYS])
+        s.registers[st.R_DECIDE_USED] -= rows[row, N_LINES]
         s.registers[st.R_TOPK_FREE] = now
         s.registers[st.R_TOPK_LINE] = 0
         s.registers[st.R_TOPK_LINES] = needed
@@ -201,7 +199,7 @@ def step_decision(
     load = rows[row, N_LOAD]
     if rows[row, N_REFETCH] == 1 and s.rows[row, st.ROW_RERUN] == 0:
         s.rows[row, st.ROW_RERUN] = 1
-        s.registers[st.R_DECIDE_USED] -= _lines(z, rows[row, N_KEYS])
+        s.registers[st.R_DECIDE_USED] -= rows[row, N_LINES]
         s.registers[st.R_LOW_PENDING] += 1
         s.counts[st.C_RERUNS] += 1
         head = (row - loads[load, L_FIRST_ROW]) * loads[load, L_HEAD_REGION]
@@ -225,7 +223,7 @@ def step_decision(
     fifo.push(s.queues, st.TO_TOPK, row)
     s.loads[load, st.LOAD_UNDECIDED] -= 1
     if s.loads[load, st.LOAD_UNDECIDED] == 0:
-        s.registers[st.R_KEY_LINES] -= _lines(z, loads[load, L_KEYS]) * loads[load, L_HEADS]
+        s.registers[st.R_KEY_LINES] -= loads[load, L_LINES] * loads[load, L_HEADS]
         if loads[load, L_RANK_FROM] > 0:
             fifo.push(s.queues, st.TO_RANK, load)
 
@@ -257,7 +255,7 @@ def step_softmax(z: Sizes, s: State, rows: np.ndarray, log: Log, now: int) -> No
     s.registers[st.R_DECIDE_USED] += 1
     s.registers[st.R_SOFT_LINE] += 1
     s.registers[st.R_SOFT_FREE] = now + z.line_cycles
-    if s.registers[st.R_SOFT_LINE] == _lines(z, rows[row, N_KEYS]):
+    if s.registers[st.R_SOFT_LINE] == rows[row, N_LINES]:
         s.counts[st.C_SOFTMAX] += rows[row, N_KEYS]
         s.registers[st.R_SOFT_LINE] = 0
         fifo.pop(s.queues, st.TO_SOFTMAX)
@@ -354,7 +352,7 @@ def step_token_topk(z: Sizes, s: State, loads: np.ndarray, log: Log, now: int) -
 
 
 @inlined
-def step_loads(z: Sizes, s: State, loads: np.ndarray, log: Log, now: int) -> None:
+def step_loads(z: Sizes, s: State, loads: np.ndarray, now: int) -> None:
     """Start the next load once its tokens are known and there is room for it."""
     load = s.registers[st.R_NEXT_LOAD]
     s.registers[st.R_RANKING] = 0
@@ -366,7 +364,7 @@ def step_loads(z: Sizes, s: State, loads: np.ndarray, log: Log, now: int) -> Non
         return
     if loads[load, L_DRAIN] == 1 and s.registers[st.R_LOADS_DONE] < load:
         return
-    lines = _lines(z, loads[load, L_KEYS])
+    lines = loads[load, L_LINES]
     if s.registers[st.R_KEY_LINES] + lines * loads[load, L_HEADS] > z.key_lines:
         return
     generation = loads[load, L_GENERATION] == 1

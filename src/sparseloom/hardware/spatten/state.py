@@ -231,7 +231,8 @@ LINES = 1024
     R_ROWS_READY,
     R_LOADS_DONE,
     R_RANKING,
-) = range(37)
+    R_IN_FLIGHT,
+) = range(38)
 
 # Counts of actions, in the order of `COUNTS`.
 COUNTS = (
@@ -282,7 +283,7 @@ def make_state(config: SpAttenConfig, loads: int, rows: int, *, longest: int, se
     lengths = range(longest + 1 if sorts else 1)
     fetcher = config.fetcher
     deep = max(rows, loads, 1) + 1
-    registers = np.zeros(37, np.int64)
+    registers = np.zeros(38, np.int64)
     registers[R_CURRENT] = -1
     return State(
         registers=registers,

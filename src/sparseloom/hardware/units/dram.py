@@ -22,7 +22,7 @@ is served from the array, in whichever order the queues give), ECC.
 
 from __future__ import annotations
 
-from sparseloom.hardware.engine.compiled import bare
+from sparseloom.hardware.engine.compiled import inlined
 from sparseloom.hardware.units.dram_queue import (
     can_accept,
     channel_of,
@@ -134,7 +134,7 @@ RD, WR, ACT, PRE, PREA, REF = range(6)
 """Commands in the command log."""
 
 
-@bare
+@inlined
 def _note(d: Dram, now: int, command: int, p: int, b: int, row: int) -> None:
     used = d.counters[LOGGED]
     if used < d.log.shape[0]:
@@ -146,7 +146,7 @@ def _note(d: Dram, now: int, command: int, p: int, b: int, row: int) -> None:
     d.counters[LOGGED] = used + 1
 
 
-@bare
+@inlined
 def step(d: Dram, now: int) -> None:
     """One clock of the memory: at most one column and one row command for each channel."""
     if now < d.counters[NEXT_EVENT]:
@@ -159,13 +159,13 @@ def step(d: Dram, now: int) -> None:
     d.counters[NEXT_EVENT] = first
 
 
-@bare
+@inlined
 def next_event(d: Dram) -> int:
     """The first clock in which a `step` may do something; no need to step before it."""
     return d.counters[NEXT_EVENT]
 
 
-@bare
+@inlined
 def _step_channel(d: Dram, c: int, now: int) -> None:
     start = c * d.numbers[N_PSEUDO]
     end = start + d.numbers[N_PSEUDO]
@@ -206,7 +206,7 @@ def _step_channel(d: Dram, c: int, now: int) -> None:
     d.channels[c, C_WAKE] = max(wake, now + 1)
 
 
-@bare
+@inlined
 def _pick_column(d: Dram, c: int, p: int, now: int) -> tuple[int, int, int]:
     """(order, bank, kind) of the best column command of a pseudo-channel, or order NEVER."""
     best = NEVER
@@ -239,7 +239,7 @@ def _pick_column(d: Dram, c: int, p: int, now: int) -> tuple[int, int, int]:
     return best, chosen, kind
 
 
-@bare
+@inlined
 def _issue_column(d: Dram, c: int, b: int, k: int, now: int) -> None:
     p = b >> d.numbers[N_BANK_SHIFT]
     g = b >> d.numbers[N_GROUP_SHIFT]
@@ -289,7 +289,7 @@ def _issue_column(d: Dram, c: int, b: int, k: int, now: int) -> None:
     choose_kind(d, c, now + 1)
 
 
-@bare
+@inlined
 def _pick_row(d: Dram, c: int, p: int, now: int) -> tuple[int, int, int]:
     """(order, bank, kind) of the best ACT or PRE of a pseudo-channel, or order NEVER."""
     best = NEVER
@@ -316,7 +316,7 @@ def _pick_row(d: Dram, c: int, p: int, now: int) -> tuple[int, int, int]:
     return best, chosen, k
 
 
-@bare
+@inlined
 def _issue_row(d: Dram, c: int, b: int, k: int, now: int) -> None:
     p = b >> d.numbers[N_BANK_SHIFT]
     if d.banks[b, B_ROW] >= 0:
@@ -355,7 +355,7 @@ def _issue_row(d: Dram, c: int, b: int, k: int, now: int) -> None:
     choose_kind(d, c, now + 1)
 
 
-@bare
+@inlined
 def _refreshed(d: Dram, p: int, now: int) -> bool:
     """A refresh is due: close all banks, then refresh. Whether a command was issued."""
     c = p // d.numbers[N_PSEUDO]

@@ -7,7 +7,7 @@ misses, so that the scheduler looks at banks and not at requests.
 
 from __future__ import annotations
 
-from sparseloom.hardware.engine.compiled import bare
+from sparseloom.hardware.engine.compiled import inlined
 from sparseloom.hardware.units.address_mapping import TABLE_BITS
 from sparseloom.hardware.units.dram_state import (
     ACCEPTED,
@@ -53,21 +53,21 @@ from sparseloom.hardware.units.dram_state import (
 _MASK = (1 << TABLE_BITS) - 1
 
 
-@bare
+@inlined
 def _decoded(d: Dram, address: int) -> int:
     atom = address >> d.numbers[N_ATOM_SHIFT]
     first = d.tables[0, atom & _MASK] ^ d.tables[1, (atom >> TABLE_BITS) & _MASK]
     return first ^ d.tables[2, (atom >> (2 * TABLE_BITS)) & _MASK]
 
 
-@bare
+@inlined
 def channel_of(d: Dram, address: int) -> int:
     """Channel of an address in bytes."""
     bank = _decoded(d, address) & ((1 << BANK_BITS) - 1)
     return (bank >> d.numbers[N_BANK_SHIFT]) // d.numbers[N_PSEUDO]
 
 
-@bare
+@inlined
 def can_accept(d: Dram, channel: int, is_write: bool = False) -> bool:
     """Whether the channel has room for a read, or for a write."""
     if is_write:
@@ -77,7 +77,7 @@ def can_accept(d: Dram, channel: int, is_write: bool = False) -> bool:
     return d.channels[channel, C_WAITING + 0] < d.numbers[N_READS]
 
 
-@bare
+@inlined
 def push(d: Dram, channel: int, address: int, is_write: bool, tag: int, now: int) -> None:
     """Queue a request for one atom; `can_accept` must hold and `channel` be that of the address.
 
@@ -130,7 +130,7 @@ def push(d: Dram, channel: int, address: int, is_write: bool, tag: int, now: int
     d.counters[NEXT_EVENT] = min(d.counters[NEXT_EVENT], wake)
 
 
-@bare
+@inlined
 def pop(d: Dram, channel: int, now: int) -> int:
     """Tag of the oldest read of a channel whose data is there at clock `now`, or −1."""
     taken = d.channels[channel, C_TAKEN]
@@ -144,7 +144,7 @@ def pop(d: Dram, channel: int, now: int) -> int:
     return d.ring[channel, place, 1]
 
 
-@bare
+@inlined
 def in_flight(d: Dram) -> int:
     """Reads whose data was not taken yet, and writes not yet in the memory."""
     found = 0
@@ -154,7 +154,7 @@ def in_flight(d: Dram) -> int:
     return found
 
 
-@bare
+@inlined
 def choose_kind(d: Dram, c: int, now: int) -> None:
     """Reads or writes, by how full the queues are."""
     reads, writes = d.channels[c, C_WAITING + 0], d.channels[c, C_WAITING + 1]
@@ -171,7 +171,7 @@ def choose_kind(d: Dram, c: int, now: int) -> None:
         d.counters[NEXT_EVENT] = min(d.counters[NEXT_EVENT], now)
 
 
-@bare
+@inlined
 def enlist(d: Dram, p: int, b: int, k: int, which: int) -> None:
     """Put bank b in the list of banks with hits (0) or misses (1)."""
     n = d.pseudo[p, P_LISTED + 2 * k + which]
@@ -180,7 +180,7 @@ def enlist(d: Dram, p: int, b: int, k: int, which: int) -> None:
     d.pseudo[p, P_LISTED + 2 * k + which] = n + 1
 
 
-@bare
+@inlined
 def unlist(d: Dram, p: int, b: int, k: int, which: int) -> None:
     """Take bank b from a list: the last one takes its place."""
     n = d.pseudo[p, P_LISTED + 2 * k + which] - 1
@@ -192,7 +192,7 @@ def unlist(d: Dram, p: int, b: int, k: int, which: int) -> None:
     d.pseudo[p, P_LISTED + 2 * k + which] = n
 
 
-@bare
+@inlined
 def finish(d: Dram, c: int, b: int, k: int, s: int) -> None:
     """Take a request out of its bank's chain; its own links stay readable."""
     slot = d.slots[c, s]
@@ -209,7 +209,7 @@ def finish(d: Dram, c: int, b: int, k: int, s: int) -> None:
     d.channels[c, C_FREE_USED] += 1
 
 
-@bare
+@inlined
 def sort_out(d: Dram, c: int, p: int, b: int, k: int) -> None:
     """After an ACT: the oldest request to the new row, and the oldest to another one."""
     row = d.banks[b, B_ROW]
@@ -230,7 +230,7 @@ def sort_out(d: Dram, c: int, p: int, b: int, k: int) -> None:
     d.banks[b, B_MISS + k] = miss
 
 
-@bare
+@inlined
 def close_bank(d: Dram, p: int, b: int) -> None:
     """After a PRE all requests of the bank miss."""
     d.banks[b, B_ROW] = -1
