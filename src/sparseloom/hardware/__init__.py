@@ -38,6 +38,7 @@ _KINDS = {
     "dota": ("sparseloom.hardware.dota", "Dota"),
     "a3": ("sparseloom.hardware.a3", "A3"),
     "mnnfast": ("sparseloom.hardware.mnnfast", "MnnFast"),
+    "spatten": ("sparseloom.hardware.spatten", "SpAtten"),
     "device": ("sparseloom.hardware.devices", "Device"),
 }
 

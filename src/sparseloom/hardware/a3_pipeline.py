@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from sparseloom.hardware.engine.compiled import compiled
-from sparseloom.hardware.engine.fifo import Fifos, full, make_fifos, pop, push
+from sparseloom.hardware.engine.fifo import full, make_fifos, pop, push, used
 from sparseloom.hardware.engine.log import BUSY, IDLE, Log, close, make_log, note
 
 STALL_DRAM, STALL_NEXT, STALL_BUFFER = 2, 3, 4
@@ -80,7 +80,7 @@ def _run(
     kv_cycles: int,
     query_cycles: int,
     copies: int,
-    fifos: Fifos,
+    fifos: np.ndarray,
     log: Log,
 ) -> int:
     modules, queries = service.shape
@@ -97,7 +97,7 @@ def _run(
             if current[m] >= 0 and left[m] == 0 and not full(fifos, m + 1):
                 push(fifos, m + 1, int(current[m]))
                 current[m] = -1
-            if current[m] < 0 and fifos.used[m] > 0:
+            if current[m] < 0 and used(fifos, m) > 0:
                 current[m] = pop(fifos, m)
                 left[m] = service[m, current[m]]
                 if m == 0:

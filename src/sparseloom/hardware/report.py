@@ -9,6 +9,8 @@ from functools import cached_property
 from os import PathLike
 from typing import Any, Literal
 
+import numpy as np
+
 from sparseloom.hardware import timeline
 from sparseloom.results import results
 
@@ -37,6 +39,26 @@ class Stage:
     facts: Mapping[str, float | int | str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Events:
+    """Intervals of the event log inside a window: what each unit did, for what, and when.
+
+    Args:
+        units, causes: names of the numbers in `intervals`.
+        intervals: (n, 5) int64: unit, cause, first cycle, one past the last, tag (−1: none).
+        window: first cycle and one past the last.
+        dropped: intervals that did not fit.
+        tags: what a tag stands for.
+    """
+
+    units: tuple[str, ...]
+    causes: tuple[str, ...]
+    intervals: np.ndarray
+    window: tuple[int, int]
+    dropped: int = 0
+    tags: str = "row"
+
+
 @dataclass(frozen=True)
 class Report:
     """One selection of a trace on one machine.
@@ -51,6 +73,11 @@ class Report:
         utilisation: shares in [0, 1] by unit.
         dram_bytes, useful_bytes: bytes moved, and bytes of those that were needed.
         assumptions: what the numbers rest on, as sentences.
+        row_hits: share of DRAM reads that found their row open, where rows are modelled.
+        seed: of whatever a run draws, such as pivots.
+        unit_cycles: cycles of each unit by what it did ("busy", "idle", or the cause it waited
+            for), at cycle fidelity; they add up to the cycles that were simulated.
+        events: what the units did in a window of cycles, for the timeline.
     """
 
     machine: str
@@ -72,6 +99,10 @@ class Report:
     assumptions: tuple[str, ...]
     value: float | int | None = None
     dense_value: float | int | None = None
+    row_hits: float | None = None
+    seed: int | None = None
+    unit_cycles: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    events: Events | None = None
 
     @cached_property
     def components(self) -> dict[str, float]:
@@ -101,8 +132,15 @@ class Report:
 
     @property
     def stalls(self) -> dict[str, int]:
-        """Cycles lost, by cause; empty where nothing waited or waiting is not modelled."""
+        """Cycles lost, by cause; empty where nothing waited or waiting is not modelled.
+
+        At cycle fidelity they are summed over the units, several of which wait at a time.
+        """
         found: dict[str, float] = {}
+        for codes in self.unit_cycles.values():
+            for cause, cycles in codes.items():
+                if cause not in ("busy", "idle"):
+                    found[cause] = found.get(cause, 0.0) + cycles
         for stage in self.stages:
             if stage.stall_cycles > 0:
                 found[stage.stall_cause] = found.get(stage.stall_cause, 0.0) + stage.stall_cycles
@@ -140,11 +178,12 @@ class Report:
                 "dram_preset": self.dram_preset,
                 "dram_bytes": self.dram_bytes,
                 "useful_bytes": self.useful_bytes,
-                "row_hits": None,
+                "row_hits": self.row_hits,
                 "utilisation": dict(self.utilisation),
                 "stalls": self.stalls,
+                "unit_cycles": {unit: dict(codes) for unit, codes in self.unit_cycles.items()},
                 "config_hash": self.config_hash,
-                "seed": None,
+                "seed": self.seed,
                 "assumptions": list(self.assumptions),
             }
         ]

@@ -49,8 +49,8 @@ def inlined(function: _F) -> _F:
         return from_python(*args, **named)
 
     # As an overload it needs no entry from Python, and is not specialised on every literal.
-    inner = {**options, "forceinline": True, "no_cfunc_wrapper": True}
-    extending.overload(called, jit_options=inner, strict=False)(lambda *args, **named: plain)
+    inner: Any = {**options, "forceinline": True, "no_cfunc_wrapper": True}
+    extending.overload(called, jit_options=inner, strict=False)(lambda *_, **__: plain)
     return cast("_F", called)
 
 

@@ -18,7 +18,7 @@ class Multipliers(Section):
 
 
 class Buffer(Section):
-    """The key or the value SRAM: both halves of the double buffer, in lines as wide as the array."""
+    """The key or the value SRAM, both halves of its double buffer; a line is as wide as an array."""
 
     lines: int = Field(ge=2)
     banks: int = Field(ge=1)
@@ -87,6 +87,7 @@ class Layout(Section):
     """How vectors lie in DRAM."""
 
     pack_6bit_keys: int = Field(ge=1, le=2)
+    unknown_keys: Literal["uniform", "clustered"]
     region_align_bytes: int = Field(ge=1)
 
 
@@ -98,18 +99,28 @@ class FullyConnected(Section):
 
 
 class Dram(Section):
-    """The memory preset; `channels` of it belong to this machine."""
+    """The memory preset; `channels` of it belong to this machine.
+
+    `analytic_efficiency` is the share of the peak that closed forms get.
+    """
 
     preset: str
-    channels: int = Field(ge=1)
+    channels: int = Field(ge=1, le=64)
+    analytic_efficiency: float = Field(gt=0, le=1)
 
 
 class Energy(Section):
-    """The tables that counts of actions are multiplied with; see `hardware.energy_model`."""
+    """The tables that counts of actions are multiplied with; see `hardware.energy_model`.
 
+    `sram_kib` is the capacity per SRAM that energy and area are read for; null: what the lines
+    hold.
+    """
+
+    logic: str
     memory: str
     sram: str
     sram_cell: Literal["lstp", "lop", "hp"]
+    sram_kib: float | None = Field(default=None, gt=0)
 
 
 class SpAttenConfig(MachineConfig):
@@ -137,6 +148,11 @@ class SpAttenConfig(MachineConfig):
                 f"got {self.values.multipliers}: one line of either SRAM feeds its array"
             )
         return self
+
+    @property
+    def ranks_every_row(self) -> bool:
+        """Whether tokens are ranked anew before every fetch."""
+        return self.topk.token_selection == "row"  # noqa: S105 - tokens of text
 
     def keys_per_cycle(self, head_dim: int) -> int:
         """Keys in a line, which is what the array takes in a cycle.

@@ -8,7 +8,7 @@ import numpy as np
 
 from sparseloom.hardware.engine.compiled import compiled
 from sparseloom.hardware.engine.log import Log, close, make_log
-from sparseloom.hardware.spatten import fetch, pipeline
+from sparseloom.hardware.spatten import controller, fetch, pipeline
 from sparseloom.hardware.spatten import state as st
 from sparseloom.hardware.spatten.config import SpAttenConfig
 from sparseloom.hardware.spatten.jobs import L_RANK_FROM, N_KEYS, Jobs
@@ -97,8 +97,8 @@ def _loop(
         fetch.step_memory(z, s, m, log, now)
         fetch.step_addresses(z, s, m, log, now)
         fetch.step_ports(z, s, m, key_ids, value_ids, log, now)
-        pipeline.step_token_topk(z, s, loads, log, now)
-        pipeline.step_loads(z, s, loads, now)
+        controller.step_token_topk(z, s, loads, log, now)
+        controller.step_loads(z, s, loads, now)
         if s.registers[st.R_DONE_ROWS] != last_done:
             last_done, last_change = s.registers[st.R_DONE_ROWS], now
         if now - last_change > quiet:

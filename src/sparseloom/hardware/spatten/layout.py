@@ -1,4 +1,4 @@
-"""Where keys, low bits and values lie in DRAM: a region for each layer, sequence, KV head, plane."""
+"""Where keys, low bits and values lie in DRAM: a region per layer, sequence, KV head and plane."""
 
 from __future__ import annotations
 

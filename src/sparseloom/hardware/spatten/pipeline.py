@@ -14,15 +14,10 @@ from sparseloom.hardware.engine.log import Log, note
 from sparseloom.hardware.spatten import state as st
 from sparseloom.hardware.spatten.fetch import request
 from sparseloom.hardware.spatten.jobs import (
-    L_AFTER,
-    L_DRAIN,
     L_FIRST_ROW,
     L_GENERATION,
     L_HEAD_REGION,
     L_HEADS,
-    L_KEY_ATOMS,
-    L_KEY_BASE,
-    L_KEY_STRIDE,
     L_KEYS,
     L_KEYS_AT,
     L_LINES,
@@ -30,8 +25,6 @@ from sparseloom.hardware.spatten.jobs import (
     L_LOW_BASE,
     L_LOW_STRIDE,
     L_RANK_FROM,
-    L_RANK_TO,
-    L_ROWS,
     L_VALUE_ATOMS,
     L_VALUE_BASE,
     L_VALUE_STRIDE,
@@ -45,7 +38,7 @@ from sparseloom.hardware.spatten.jobs import (
     N_VALUES,
 )
 from sparseloom.hardware.spatten.state import Sizes, State
-from sparseloom.hardware.units.topk import filter_cycles, select_from
+from sparseloom.hardware.units.topk import PIPELINE, filter_cycles, select_from
 
 NEVER = 1 << 60
 
@@ -142,7 +135,7 @@ def step_value_topk(
                     s.scratch[i] = i if at < 0 else probabilities[at + i]
                 _, _, cycles, rounds = select_from(s.scratch, n, k, z.topk_lanes, s.rng)
                 s.counts[st.C_TOPK_ROUNDS] += rounds
-                s.counts[st.C_TOPK_ITEMS] += n
+                s.counts[st.C_TOPK_ITEMS] += (cycles - PIPELINE * rounds) * z.topk_lanes
             s.counts[st.C_TOPK_CYCLES] += cycles
             s.registers[st.R_TOPK_FREE] = now + cycles
             s.registers[st.R_TOPK_LINES] = filter_cycles(k, z.emit, scanned, z.topk_lanes)
@@ -319,90 +312,3 @@ def step_scores(
 @inlined
 def _low_started(s: State, row: int) -> bool:
     return s.requests[s.rows[row, st.ROW_LOW_REQUEST], st.Q_READY] > 0
-
-
-@inlined
-def step_token_topk(z: Sizes, s: State, loads: np.ndarray, log: Log, now: int) -> None:
-    """Modules 2 and 13: tokens are ranked where the trace says so; the next loads wait for it."""
-    load = s.registers[st.R_RANK_LOAD] - 1
-    if load >= 0:
-        if s.registers[st.R_RANK_FREE] > now:
-            note(log, st.TOKEN_TOPK, st.BUSY, load, now)
-            return
-        s.loads[load, st.LOAD_RANKED] = 1
-        s.registers[st.R_RANK_LOAD] = 0
-    if fifo.used(s.queues, st.TO_RANK) == 0:
-        note(log, st.TOKEN_TOPK, st.IDLE, -1, now)
-        return
-    load = fifo.pop(s.queues, st.TO_RANK)
-    n, k = loads[load, L_RANK_FROM], loads[load, L_RANK_TO]
-    cycles = 0
-    if z.merge_sort == 1:
-        cycles = s.sorting[n]
-    else:
-        for i in range(n):
-            s.scratch[i] = i
-        _, _, cycles, _ = select_from(s.scratch, n, k, z.topk_lanes, s.rng)
-    cycles += filter_cycles(k, z.emit, n, z.topk_lanes)
-    s.counts[st.C_RANK_CYCLES] += cycles
-    s.counts[st.C_RANK_ITEMS] += n
-    s.registers[st.R_RANK_LOAD] = load + 1
-    s.registers[st.R_RANK_FREE] = now + cycles
-    note(log, st.TOKEN_TOPK, st.BUSY, load, now)
-
-
-@inlined
-def step_loads(z: Sizes, s: State, loads: np.ndarray, now: int) -> None:
-    """Start the next load once its tokens are known and there is room for it."""
-    load = s.registers[st.R_NEXT_LOAD]
-    s.registers[st.R_RANKING] = 0
-    if load == loads.shape[0] or load - s.registers[st.R_LOADS_DONE] >= z.loads_in_flight:
-        return
-    after = loads[load, L_AFTER]
-    if after >= 0 and s.loads[after, st.LOAD_RANKED] == 0:
-        s.registers[st.R_RANKING] = 1
-        return
-    if loads[load, L_DRAIN] == 1 and s.registers[st.R_LOADS_DONE] < load:
-        return
-    lines = loads[load, L_LINES]
-    if s.registers[st.R_KEY_LINES] + lines * loads[load, L_HEADS] > z.key_lines:
-        return
-    generation = loads[load, L_GENERATION] == 1
-    if not generation and s.registers[st.R_VALUE_LINES] + lines > z.value_lines:
-        return
-    s.registers[st.R_KEY_LINES] += lines * loads[load, L_HEADS]
-    start = now + z.request_latency
-    s.loads[load, st.LOAD_KEY_REQUEST] = request(
-        s,
-        st.KEYS,
-        load,
-        loads[load, L_KEYS_AT],
-        loads[load, L_KEYS],
-        loads[load, L_KEYS],
-        loads[load, L_KEY_BASE],
-        loads[load, L_KEY_STRIDE],
-        loads[load, L_KEY_ATOMS],
-        start,
-        0,
-        loads[load, L_HEADS],
-    )
-    if not generation:
-        s.registers[st.R_VALUE_LINES] += lines
-        s.rows[loads[load, L_FIRST_ROW], st.ROW_VALUE_REQUEST] = request(
-            s,
-            st.VALUES_OF,
-            load,
-            loads[load, L_KEYS_AT],
-            loads[load, L_KEYS],
-            loads[load, L_KEYS],
-            loads[load, L_VALUE_BASE],
-            loads[load, L_VALUE_STRIDE],
-            loads[load, L_VALUE_ATOMS],
-            start,
-            0,
-            1,
-        )
-    s.loads[load, st.LOAD_UNDECIDED] = loads[load, L_ROWS]
-    s.loads[load, st.LOAD_UNFINISHED] = loads[load, L_ROWS]
-    s.registers[st.R_ROWS_READY] = loads[load, L_FIRST_ROW] + loads[load, L_ROWS]
-    s.registers[st.R_NEXT_LOAD] = load + 1
