@@ -17,7 +17,7 @@ from sparseloom.hardware.config import (
     shipped,
 )
 from sparseloom.hardware.energy import EnergyTable, load_table
-from sparseloom.hardware.machine import Machine, MachineConfig
+from sparseloom.hardware.machine import Machine, MachineConfig, Options, Roof
 from sparseloom.hardware.report import Report, Stage
 
 __all__ = [
@@ -25,7 +25,9 @@ __all__ = [
     "Machine",
     "MachineConfig",
     "MachineError",
+    "Options",
     "Report",
+    "Roof",
     "Stage",
     "list_machines",
     "load",

@@ -23,7 +23,7 @@ from sparseloom.hardware.attention_core import (
     visible_counts,
 )
 from sparseloom.hardware.config import Section
-from sparseloom.hardware.machine import Machine, MachineConfig
+from sparseloom.hardware.machine import Machine, MachineConfig, Options, Roof
 from sparseloom.hardware.report import Fidelity, Report, Stage
 from sparseloom.trace import AttentionCall, Operator, Selection, Trace, Workload
 
@@ -148,24 +148,30 @@ class A3(Machine):
             ]
         return found
 
-    def _simulate(self, trace: Trace, selection: Selection, fidelity: Fidelity) -> Report:
+    def roof(self) -> Roof:
+        """Every multiplier busy, and the DRAM's bandwidth."""
+        s = self.settings
+        peak = 2e9 * s.pipeline.multipliers * s.clock_ghz
+        return Roof(peak, 1e9 * s.dram.gbytes_per_second)
+
+    def _simulate(self, trace: Trace, selection: Selection, options: Options) -> Report:
         s, tally = self.settings, Tally()
         for i, operator in enumerate(trace.workload.attention()):
             call = selection.calls[i]
             values = sampled(trace, i, operator) if self._looks else None
             for b in range(operator.batch):
                 work = self._work(trace.workload, operator, call, b, values, tally)
-                tally.stages += self._stages(operator, b, work, fidelity, tally)
+                tally.stages += self._stages(operator, b, work, options.fidelity, tally)
         return core_report(
             self,
             trace,
             selection,
-            fidelity,
+            options.fidelity,
             tally,
             memory=s.dram,
             energy=s.energy,
             blocks=self.blocks(),
-            assumptions=self._assumptions(trace, selection, fidelity),
+            assumptions=self._assumptions(trace, selection, options.fidelity),
         )
 
     @property
@@ -335,6 +341,7 @@ class A3(Machine):
         moved = (kv + query * operator.q_len) * heads
         tally.dram_bytes += moved
         tally.useful_bytes += moved
+        tally.operations += 2 * (candidates * d + kept * dv)
         beats = -(-d // max(1, self.settings.pipeline.multipliers // 2))
         for name, rows in (("search", iterations), ("dot_product", candidates), ("output", kept)):
             tally.busy[name] = tally.busy.get(name, 0.0) + rows * beats

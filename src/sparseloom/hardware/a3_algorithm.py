@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 
-from sparseloom.hardware.engine.compiled import compiled, inlined
+from sparseloom.hardware.engine.compiled import allocating, compiled, inlined
 
 _EMPTY = -(1 << 62)
 
@@ -217,7 +217,7 @@ def _advance(
         state[2 + side, j] = product if side == 0 else -product
 
 
-@compiled
+@allocating
 def _search(
     query: np.ndarray,
     key: np.ndarray,

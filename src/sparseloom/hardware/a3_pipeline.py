@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from sparseloom.hardware.engine.compiled import compiled
+from sparseloom.hardware.engine.compiled import allocating
 from sparseloom.hardware.engine.fifo import full, make_fifos, pop, push, used
 from sparseloom.hardware.engine.log import BUSY, IDLE, Log, close, make_log, note
 
@@ -73,7 +73,7 @@ def cycle_by_cycle(jobs: Jobs, copies: int, depth: int) -> Timing:
     return Timing(int(cycles), int(log.totals[0, STALL_DRAM]), 0, log.totals)
 
 
-@compiled
+@allocating
 def _run(
     service: np.ndarray,
     head_of: np.ndarray,

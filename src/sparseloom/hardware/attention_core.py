@@ -69,6 +69,7 @@ class Tally:
     busy: dict[str, float] = field(default_factory=dict)
     dram_bytes: float = 0.0
     useful_bytes: float = 0.0
+    operations: float = 0.0
     notes: list[str] = field(default_factory=list)
 
     def act(self, component: str, op: str, count: float, bits: int, kib: float = 0.0) -> None:
@@ -199,6 +200,7 @@ def core_report(
         assumptions=tuple(found),
         value=number(selection.quality, "value"),
         dense_value=number(selection.quality, "dense_value"),
+        operations=tally.operations,
     )
 
 

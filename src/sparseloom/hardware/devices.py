@@ -11,7 +11,7 @@ from pydantic import Field
 from sparseloom.hardware.attention_core import number
 from sparseloom.hardware.config import MachineError, Section, checked, read_yaml
 from sparseloom.hardware.energy import EnergyTable
-from sparseloom.hardware.machine import Machine, MachineConfig
+from sparseloom.hardware.machine import Machine, MachineConfig, Options, Roof
 from sparseloom.hardware.report import Fidelity, Report, Stage
 from sparseloom.trace import Operator, Selection, Trace
 
@@ -117,6 +117,12 @@ class Device(Machine):
         """Dynamic power in W (0 where it is not known)."""
         return self.table.power({"processor": 1})
 
+    def roof(self) -> Roof | None:
+        """The peaks, where they are known."""
+        processor = self.settings.processor
+        peak, bandwidth = processor.peak_gflops, processor.memory_gbytes_per_second
+        return None if peak is None or bandwidth is None else Roof(1e9 * peak, 1e9 * bandwidth)
+
     def cost(self, operator: Operator) -> Cost:
         """What one operator takes, all its sequences together.
 
@@ -160,7 +166,7 @@ class Device(Machine):
         memory = moved / (bandwidth * 1e9 * kernel.memory_efficiency)
         return max(compute, memory) + kernel.overhead_us * 1e-6
 
-    def _simulate(self, trace: Trace, selection: Selection, fidelity: Fidelity) -> Report:
+    def _simulate(self, trace: Trace, selection: Selection, options: Options) -> Report:
         s, workload = self.settings, trace.workload
         stages: list[Stage] = []
         moved = products = flops = 0.0
@@ -193,7 +199,7 @@ class Device(Machine):
             trace=workload.name,
             selection=selection.name,
             scope=workload.scope,
-            fidelity=fidelity,
+            fidelity=options.fidelity,
             clock_ghz=s.clock_ghz,
             stages=tuple(stages),
             energy={name: watts * seconds for name, watts in power.items()},
@@ -211,6 +217,7 @@ class Device(Machine):
             assumptions=self._assumptions(selection, known_power=bool(power)),
             value=number(selection.quality, "value"),
             dense_value=number(selection.quality, "dense_value"),
+            operations=flops,
         )
 
     def _assumptions(self, selection: Selection, *, known_power: bool) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import ClassVar, cast
 
 from sparseloom.hardware.dota_closed_form import Cost, DotaConfig, operator_costs
-from sparseloom.hardware.machine import Machine, MachineConfig
+from sparseloom.hardware.machine import Machine, MachineConfig, Options, Roof
 from sparseloom.hardware.report import Fidelity, Report, Stage
 from sparseloom.trace import Operator, PredictorShape, Selection, Trace, Workload
 
@@ -45,7 +45,13 @@ class Dota(Machine):
         """Power by module in W with everything busy (published total: 3.02)."""
         return self.table.power(self.units())
 
-    def _simulate(self, trace: Trace, selection: Selection, fidelity: Fidelity) -> Report:
+    def roof(self) -> Roof:
+        """Every element of every Lane busy at full precision, and the DRAM's bandwidth."""
+        s = self.settings
+        elements = s.lanes * s.rmmu.elements
+        return Roof(2e9 * elements * s.clock_ghz, 1e9 * s.dram.gbytes_per_second)
+
+    def _simulate(self, trace: Trace, selection: Selection, options: Options) -> Report:
         s, workload = self.settings, trace.workload
         bytes_per_cycle = s.dram.gbytes_per_second / s.clock_ghz
         calls = iter(selection.calls)
@@ -88,13 +94,14 @@ class Dota(Machine):
         leakage = self.power()["sram"] * total / (s.clock_ghz * 1e9)
         energy["sram_leakage"] = leakage
         moved = round(sum(cost.dram_bytes for cost in costs))
+        exact = (cost.pe_cycles for cost in costs if cost.component != "detection")
         in_attention = sum(stage.cycles for stage in stages if stage.component == "attention")
         return Report(
             machine=self.name,
             trace=workload.name,
             selection=selection.name,
             scope=workload.scope,
-            fidelity=fidelity,
+            fidelity=options.fidelity,
             clock_ghz=s.clock_ghz,
             stages=tuple(stages),
             energy=energy,
@@ -109,6 +116,7 @@ class Dota(Machine):
             assumptions=assumptions(s, workload, selection),
             value=_number(selection.quality, "value"),
             dense_value=_number(selection.quality, "dense_value"),
+            operations=2 * sum(exact),
         )
 
     def _actions(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import Field
 
@@ -26,6 +27,32 @@ class MachineConfig(Section):
     energy_table: str
 
 
+@dataclass(frozen=True)
+class Options:
+    """How to simulate: the arguments of `Machine.simulate` beside the trace.
+
+    Args:
+        fidelity: how closely time is followed.
+        seed: of whatever is drawn; machines that draw nothing have no use for it.
+        window: first cycle and one past the last, of which to keep what every unit did.
+    """
+
+    fidelity: Fidelity = "analytic"
+    seed: int = 0
+    window: tuple[int, int] | None = None
+
+
+class Roof(NamedTuple):
+    """The two limits of a roofline.
+
+    operations: per second, a multiply-accumulate counting as two; of the arrays that do the bulk
+    of the work. bytes: per second, to and from the memory outside.
+    """
+
+    operations: float
+    bytes: float
+
+
 class Machine(ABC):
     """An accelerator that costs the selections of a trace.
 
@@ -35,6 +62,8 @@ class Machine(ABC):
     """
 
     fidelities: ClassVar[tuple[Fidelity, ...]]
+    logged: ClassVar[tuple[Fidelity, ...]] = ()
+    """Fidelities at which an event log says what every unit did."""
     Config: ClassVar[type[MachineConfig]]
 
     def __init__(self, config: MachineConfig, table: EnergyTable) -> None:
@@ -52,7 +81,13 @@ class Machine(ABC):
         return digest(self.config, self.table)
 
     def simulate(
-        self, trace: Trace, selection: str | None = None, *, fidelity: str = "analytic"
+        self,
+        trace: Trace,
+        selection: str | None = None,
+        *,
+        fidelity: str = "analytic",
+        seed: int = 0,
+        window: tuple[int, int] | None = None,
     ) -> Report:
         """Cost one selection of a trace.
 
@@ -60,10 +95,15 @@ class Machine(ABC):
             trace: the workload and its selections.
             selection: a name; None takes the only one there is; "dense" keeps everything.
             fidelity: how closely time is followed: "analytic", "cycle" or "rtl".
+            seed: of whatever the machine draws; the report says None where it draws nothing.
+            window: first cycle and one past the last, of which `Report.events` keeps what every
+                unit did; None keeps nothing.
 
         Raises:
-            ValueError: an unknown selection or fidelity, or one that must be named.
-            NotImplementedError: the machine has no such fidelity.
+            ValueError: an unknown selection or fidelity, one that must be named, a seed below 0,
+                or a window that does not go forward from 0 or later.
+            NotImplementedError: the machine has no such fidelity, or a window was asked for and
+                the machine logs no events at it.
         """
         if fidelity not in get_args(Fidelity):
             known = ", ".join(get_args(Fidelity))
@@ -72,10 +112,24 @@ class Machine(ABC):
             raise NotImplementedError(
                 f"{self.name} has fidelity {', '.join(self.fidelities)}, got {fidelity!r}"
             )
-        return self._simulate(trace, trace.selection(selection), fidelity)
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, got {seed}")
+        if window is not None:
+            if not 0 <= window[0] < window[1]:
+                raise ValueError(
+                    f"window must go forward from cycle 0 or later, got {window[0]}:{window[1]}"
+                )
+            if fidelity not in self.logged:
+                others = f" (it does at {', '.join(self.logged)})" if self.logged else ""
+                raise NotImplementedError(
+                    f"{self.name} logs no events at fidelity {fidelity!r}{others}, got window "
+                    f"{window[0]}:{window[1]}"
+                )
+        options = Options(fidelity, seed, window)
+        return self._simulate(trace, trace.selection(selection), options)
 
     @abstractmethod
-    def _simulate(self, trace: Trace, selection: Selection, fidelity: Fidelity) -> Report: ...
+    def _simulate(self, trace: Trace, selection: Selection, options: Options) -> Report: ...
 
     @abstractmethod
     def area(self) -> dict[str, float]:
@@ -84,6 +138,10 @@ class Machine(ABC):
     @abstractmethod
     def power(self) -> dict[str, float]:
         """Power by module in W, everything busy."""
+
+    def roof(self) -> Roof | None:
+        """What the machine could do at most; None where that is not known."""
+        return None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {self.config_hash})"

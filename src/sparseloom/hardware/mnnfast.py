@@ -19,7 +19,7 @@ from sparseloom.hardware.attention_core import (
     visible_counts,
 )
 from sparseloom.hardware.config import Section
-from sparseloom.hardware.machine import Machine, MachineConfig
+from sparseloom.hardware.machine import Machine, MachineConfig, Options, Roof
 from sparseloom.hardware.report import Fidelity, Report, Stage
 from sparseloom.trace import AttentionCall, Operator, Selection, Trace, Workload
 
@@ -144,7 +144,13 @@ class MnnFast(Machine):
         """Power in W, as the published comparison assumes it."""
         return self.table.power({"core": 1})
 
-    def _simulate(self, trace: Trace, selection: Selection, fidelity: Fidelity) -> Report:
+    def roof(self) -> Roof:
+        """Every multiplier busy, and the DRAM's bandwidth."""
+        s = self.settings
+        peak = 2e9 * s.engine.multipliers * s.clock_ghz
+        return Roof(peak, 1e9 * s.dram.gbytes_per_second)
+
+    def _simulate(self, trace: Trace, selection: Selection, options: Options) -> Report:
         s, tally = self.settings, Tally()
         for i, operator in enumerate(trace.workload.attention()):
             looks = s.skipping.evidence == "tensors"
@@ -158,7 +164,7 @@ class MnnFast(Machine):
             self,
             trace,
             selection,
-            fidelity,
+            options.fidelity,
             tally,
             memory=s.dram,
             energy=s.energy,
@@ -241,6 +247,7 @@ class MnnFast(Machine):
         self._count(op, seen, pairs, value_rows, tally)
         tally.dram_bytes += moved
         tally.useful_bytes += moved
+        tally.operations += 2 * (seen * op.head_dim + pairs * op.value_dim)
         for name, macs in (("qk", seen * op.head_dim), ("pv", pairs * op.value_dim)):
             tally.busy[name] = tally.busy.get(name, 0.0) + macs / half
         return Stage(

@@ -75,6 +75,8 @@ class Report:
         assumptions: what the numbers rest on, as sentences.
         row_hits: share of DRAM reads that found their row open, where rows are modelled.
         seed: of whatever a run draws, such as pivots.
+        operations: arithmetic of the machine's large arrays, a multiply-accumulate counting as
+            two; None where the machine does not count it.
         unit_cycles: cycles of each unit by what it did ("busy", "idle", or the cause it waited
             for), at cycle fidelity; they add up to the cycles that were simulated.
         events: what the units did in a window of cycles, for the timeline.
@@ -101,6 +103,7 @@ class Report:
     dense_value: float | int | None = None
     row_hits: float | None = None
     seed: int | None = None
+    operations: float | None = None
     unit_cycles: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     events: Events | None = None
 
@@ -179,6 +182,7 @@ class Report:
                 "dram_bytes": self.dram_bytes,
                 "useful_bytes": self.useful_bytes,
                 "row_hits": self.row_hits,
+                "operations": self.operations,
                 "utilisation": dict(self.utilisation),
                 "stalls": self.stalls,
                 "unit_cycles": {unit: dict(codes) for unit, codes in self.unit_cycles.items()},

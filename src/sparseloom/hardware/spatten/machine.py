@@ -11,7 +11,7 @@ import numpy as np
 from sparseloom.hardware.actions import Action, Block
 from sparseloom.hardware.attention_core import number
 from sparseloom.hardware.energy_model import EnergyModel
-from sparseloom.hardware.machine import Machine, MachineConfig
+from sparseloom.hardware.machine import Machine, MachineConfig, Options, Roof
 from sparseloom.hardware.report import Events, Fidelity, Report, Stage
 from sparseloom.hardware.spatten import analytic, cycle, power
 from sparseloom.hardware.spatten import area as areas
@@ -33,9 +33,8 @@ class SpAtten(Machine):
     """Attention head by head, one query at a time, on survivors only (HPCA 2021, section IV)."""
 
     fidelities: ClassVar[tuple[Fidelity, ...]] = ("analytic", "cycle")
+    logged: ClassVar[tuple[Fidelity, ...]] = ("cycle",)
     Config: ClassVar[type[MachineConfig]] = SpAttenConfig
-    seed: int = 0
-    window: tuple[int, int] = (0, 0)
 
     @property
     def settings(self) -> SpAttenConfig:
@@ -94,12 +93,19 @@ class SpAtten(Machine):
         )
         return {name: watt for name, watt in watts.items() if name != "dram"}
 
-    def jobs(self, trace: Trace, selection: Selection) -> Jobs:
+    def roof(self) -> Roof:
+        """Both arrays busy in every cycle, and the peak of the memory's channels."""
+        s = self.settings
+        hertz = 1e9 * s.clock_ghz
+        multipliers = s.scores.multipliers + s.values.multipliers
+        return Roof(2 * multipliers * hertz, self.memory.peak_bytes_per_clock * hertz)
+
+    def jobs(self, trace: Trace, selection: Selection, seed: int = 0) -> Jobs:
         """The loads and rows of a selection; keys that it only counts are drawn."""
         if any(not call.knows_keys or call.value_counts is not None for call in selection.calls):
             model = Clustered() if self.settings.layout.unknown_keys == "clustered" else Uniform()
             trace = replace(trace, selections={**trace.selections, selection.name: selection})
-            selection = with_keys(trace, selection.name, model, seed=self.seed)
+            selection = with_keys(trace, selection.name, model, seed=seed)
         known = {
             i: trace.tensors[name]
             for i in range(len(selection.calls))
@@ -107,17 +113,18 @@ class SpAtten(Machine):
         }
         return lower(self.settings, trace.workload, selection, known)
 
-    def _simulate(self, trace: Trace, selection: Selection, fidelity: Fidelity) -> Report:
+    def _simulate(self, trace: Trace, selection: Selection, options: Options) -> Report:
         s, workload = self.settings, trace.workload
-        jobs = self.jobs(trace, selection)
+        jobs = self.jobs(trace, selection, options.seed)
         sizes = st.sizes(s, jobs.head_dim)
         linear: list[Stage] = []
         if s.fully_connected.enabled:
             linear = linear_stages(s, workload, selection, measured_bandwidth(self.memory))
             if linear:
                 jobs = _drained(jobs)
-        if fidelity == "cycle":
-            run = cycle.run(s, self.memory, jobs, seed=self.seed, window=self.window)
+        if options.fidelity == "cycle":
+            window = options.window or (0, 0)
+            run = cycle.run(s, self.memory, jobs, seed=options.seed, window=window)
             stages = _stages(workload, jobs, run.state.loads[:, st.LOAD_END], run.cycles)
             activity = counted(run)
         else:
@@ -134,18 +141,20 @@ class SpAtten(Machine):
         weight_bytes = sum(int(stage.facts["weight_bytes"]) for stage in linear)
         moved = int(activity.atoms) * ATOM + weight_bytes
         useful = useful_bytes(jobs) + weight_bytes
+        macs = jobs.head_dim * (activity.scores + activity.values)
+        macs += sum(int(stage.facts["macs"]) for stage in linear)
         unit_cycles: dict[str, dict[str, int]] = {}
         events = row_hits = None
         if run is not None:
             unit_cycles = unit_cycles_of(run)
             row_hits = float(run.memory.counters[dram.ROW_HITS]) / max(1.0, activity.atoms)
-            if self.window[1] > self.window[0]:
+            if options.window is not None:
                 used = int(run.log.limits[0])
                 events = Events(
                     st.UNITS,
                     st.CAUSES,
                     run.log.intervals[:used],
-                    self.window,
+                    options.window,
                     int(run.log.limits[1]),
                 )
         return Report(
@@ -153,7 +162,7 @@ class SpAtten(Machine):
             trace=workload.name,
             selection=selection.name,
             scope="model" if linear else "attention",
-            fidelity=fidelity,
+            fidelity=options.fidelity,
             clock_ghz=s.clock_ghz,
             stages=_in_order(workload, stages, linear),
             energy=model.joules(actions, whole, s.clock_ghz, self.blocks(jobs.head_dim)),
@@ -165,11 +174,12 @@ class SpAtten(Machine):
             dram_bytes=moved,
             useful_bytes=useful,
             config_hash=self.config_hash,
-            assumptions=self._assumptions(trace, selection, fidelity, bool(linear)),
+            assumptions=self._assumptions(trace, selection, options, bool(linear)),
             value=number(selection.quality, "value"),
             dense_value=number(selection.quality, "dense_value"),
             row_hits=row_hits,
-            seed=self.seed,
+            seed=options.seed,
+            operations=2 * float(macs),
             unit_cycles=unit_cycles,
             events=events,
         )
@@ -196,7 +206,7 @@ class SpAtten(Machine):
         ]
 
     def _assumptions(
-        self, trace: Trace, selection: Selection, fidelity: Fidelity, linear: bool
+        self, trace: Trace, selection: Selection, options: Options, linear: bool
     ) -> tuple[str, ...]:
         s = self.settings
         found = [
@@ -214,7 +224,7 @@ class SpAtten(Machine):
             found.append("no new row starts while one waits for its low bits")
         else:
             found.append("rows behind one that waits for its low bits overtake it")
-        if fidelity == "analytic":
+        if options.fidelity == "analytic":
             found.append(
                 "closed form: the slowest stage of each load sets its time, DRAM gives "
                 f"{s.dram.analytic_efficiency:.0%} of its peak, selections take their mean time"
@@ -222,7 +232,7 @@ class SpAtten(Machine):
         if any(not call.knows_keys or call.value_counts is not None for call in selection.calls):
             found.append(
                 f"the trace counts kept keys without naming them: {s.layout.unknown_keys} index "
-                f"model, seed {self.seed}"
+                f"model, seed {options.seed}"
             )
         if not any(f"calls.{i}.probability" in trace.tensors for i in range(len(selection.calls))):
             found.append("no probabilities were recorded: selections see distinct values")
