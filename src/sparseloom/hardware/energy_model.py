@@ -33,6 +33,8 @@ COMPOSED: dict[str, dict[str, int]] = {
 # A crossbar is multiplexers (our default; its wires are not counted): a word passes as many of
 # them as in a 32-bit shifter, 5 per bit, and each crosspoint has one per bit.
 SHIFTER_BITS, SHIFTER_STAGES = 32, 5
+# A FIFO of no more words than this is registers (our default; CACTI refuses such wide banks).
+SHALLOW_ROWS = 32
 # Tables whose rows for the same operation disagree, for `EnergyModel.bands`.
 LOGIC_TABLES = ("aladdin_40nm", "horowitz_45nm")
 
@@ -53,7 +55,7 @@ class EnergyModel:
             the area of 12 macros of 512 bits.
 
     An access narrower than the narrowest port of the grid costs that whole port. FIFOs smaller
-    than the smallest macro, or of narrower words, are registers. Leakage of logic scales as its
+    than the smallest macro, of narrower words, or of 32 words and fewer, are registers. Leakage of logic scales as its
     area does.
 
     Raises:
@@ -210,7 +212,8 @@ class EnergyModel:
         """Which FIFOs are made of registers."""
         grid = self.sram_table
         macros = np.ceil(bits / self.widest_port_bits)
-        return (bits < grid.port_bits[0]) | (kib / macros < grid.kib[0])
+        shallow = kib * 8192 <= SHALLOW_ROWS * bits
+        return (bits < grid.port_bits[0]) | (kib / macros < grid.kib[0]) | shallow
 
     def _sram(self, quantity: str, bits: np.ndarray, kib: np.ndarray) -> np.ndarray:
         """A quantity of a memory of any width: the sum over its macros."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparseloom.hardware.engine.compiled import compiled, inlined
+from sparseloom.hardware.engine.compiled import compiled
 from sparseloom.hardware.spatten import jobs as j
 from sparseloom.hardware.spatten.jobs import Jobs
 from sparseloom.hardware.spatten.layout import ATOM
@@ -30,7 +30,8 @@ class Kinds(NamedTuple):
     loads (kinds, 5): how many, atoms, tokens ranked from and to, first entry in `rows`.
     rows (entries, 4): how many, keys, values, whether low bits are fetched again.
     ends (kinds + 1): where the entries of each kind begin.
-    fill: cycles of the pipeline from a request to its output. head_dim: values in a vector.
+    fill: cycles of the pipeline from a request to its output, without the levels of adders that
+    the keys of a line need. head_dim: values in a vector.
     """
 
     loads: np.ndarray
@@ -71,7 +72,7 @@ def kinds(jobs: Jobs, sizes: Sizes) -> Kinds:
     fill = sizes.request_latency + sizes.convert_latency + sizes.tree_latency
     fill += sizes.sum_latency + sizes.probability_latency + sizes.decision_latency
     fill += sizes.replay_latency + sizes.request_latency + sizes.convert_latency
-    fill += sizes.value_latency
+    fill += sizes.value_latency - (sizes.keys_per_line - 1).bit_length()
     return Kinds(
         np.array([[n, *head] for n, head in zip(counts, heads, strict=True)], np.int64),
         np.concatenate(entries) if entries else np.zeros((0, 4), np.int64),
@@ -83,75 +84,91 @@ def kinds(jobs: Jobs, sizes: Sizes) -> Kinds:
 
 def cycles(found: Kinds, designs: np.ndarray) -> np.ndarray:
     """Cycles of every design (designs, `D_…` columns, float64), shape (designs,)."""
-    out = np.zeros(len(designs))
-    _cycles(found.loads, found.rows, found.ends, found.fill, found.head_dim, designs, out)
+    arrays, array = _distinct(designs[:, [D_MULTIPLIERS, D_SOFTMAX]])
+    engines, engine = _distinct(designs[:, [D_TOPK, D_EMIT, D_MERGE]])
+    kinds_, starts = len(found.loads), found.ends[:-1]
+    work, fill = np.zeros((len(arrays), kinds_)), np.zeros(len(arrays))
+    for i, (multipliers, softmax) in enumerate(arrays):
+        per_line = multipliers // found.head_dim
+        fill[i] = found.fill + np.ceil(np.log2(per_line))
+        lines = np.ceil(found.rows[:, 1:3] / per_line)
+        lines[:, 0] *= np.ceil(per_line / softmax) * (1 + found.rows[:, 3])
+        sums = np.add.reduceat(found.rows[:, :1] * lines, starts, axis=0)
+        work[i] = sums.max(axis=1)
+    chosen, ranked = np.zeros((len(engines), kinds_)), np.zeros((len(engines), kinds_))
+    for i, (lanes, emit, merge) in enumerate(engines):
+        each = found.rows[:, 0] * _selection(found.rows[:, 1], found.rows[:, 2], lanes, emit, merge)
+        chosen[i] = np.add.reduceat(each, starts)
+        one = _selection(found.loads[:, 2], found.loads[:, 3], lanes, emit, merge)
+        ranked[i] = one
+    out = fill[array]
+    refills = (found.loads[:, 2] > 0).astype(np.float64)
+    fetched = found.loads[:, 1] * float(ATOM)
+    times = found.loads[:, 0].astype(np.float64)
+    per_byte = 1 / designs[:, D_BYTES]
+    _add_up(fetched, times, refills, work, fill, chosen, ranked, per_byte, array, engine, out)
     return out
 
 
-@inlined
-def expected_quick_select(n: float, k: float, lanes: float) -> float:
-    """Mean cycles of the quick-select of k among n distinct values.
+def _distinct(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct rows and the place of each; by one number per row, as sorting rows is slow."""
+    code = np.zeros(len(table), np.int64)
+    for column in table.T:
+        values, place = np.unique(column, return_inverse=True)
+        code = code * len(values) + place
+    _, first, which = np.unique(code, return_index=True, return_inverse=True)
+    return table[first], which
+
+
+def expected_quick_select(n: np.ndarray, k: np.ndarray, lanes: float) -> np.ndarray:
+    """Mean cycles of the quick-select of k among n distinct values, 0 where it is bypassed.
 
     Expected rounds H_k + H_{n−k+1} − 1 and expected comparisons (Knuth, Find); a round reads half
     a group more than it has, on average.
     """
-    if k <= 0 or k >= n:
-        return 0.0
-    hn, hk, hr = _harmonic(n), _harmonic(k), _harmonic(n - k + 1)
-    rounds = hk + hr - 1
-    compared = 2 * ((n + 1) * hn - (n + 3 - k) * hr - (k + 2) * hk + n + 3)
-    items = max(compared, 0.0) + rounds
-    return items / lanes + rounds * (PIVOT_CYCLES + (lanes - 1) / (2 * lanes))
+    bypassed = (k <= 0) | (k >= n)
+    n, k = np.where(bypassed, 2, n), np.where(bypassed, 1, k)
+    every, mine, rest = _harmonic(n), _harmonic(k), _harmonic(n - k + 1)
+    rounds = mine + rest - 1
+    compared = 2 * ((n + 1) * every - (n + 3 - k) * rest - (k + 2) * mine + n + 3)
+    items = np.maximum(compared, 0.0) + rounds
+    cycles = items / lanes + rounds * (PIVOT_CYCLES + (lanes - 1) / (2 * lanes))
+    return np.where(bypassed, 0.0, cycles)
 
 
-@inlined
-def _harmonic(n: float) -> float:
-    if n < 20:
-        found = 0.0
-        for i in range(int(n)):
-            found += 1 / (i + 1)
-        return found
-    return np.log(n) + 0.5772156649015329 + 1 / (2 * n) - 1 / (12 * n * n)
+def _selection(n: np.ndarray, k: np.ndarray, lanes: float, emit: float, merge: float) -> np.ndarray:
+    """Select and filter; 0 where everything passes."""
+    if merge:
+        groups = np.ceil(n / lanes)
+        one = groups * np.maximum(1.0, np.ceil(np.log2(np.maximum(1.0, groups))))
+    else:
+        one = expected_quick_select(n, k, lanes)
+    return np.where(k < n, one + np.maximum(n / lanes, k / emit), 0.0)
 
 
-@inlined
-def _sort(n: float, lanes: float) -> float:
-    groups = np.ceil(n / lanes)
-    return groups * max(1.0, np.ceil(np.log2(max(1.0, groups))))
+def _harmonic(n: np.ndarray) -> np.ndarray:
+    """1 + 1/2 + … + 1/n."""
+    small = np.cumsum(1 / np.arange(1, 21))
+    large = np.log(n) + np.euler_gamma + 1 / (2 * n) - 1 / (12 * n * n)
+    return np.where(n <= 20, small[np.clip(n, 1, 20).astype(np.int64) - 1], large)
 
 
 @compiled
-def _cycles(
-    loads: np.ndarray,
-    rows: np.ndarray,
-    ends: np.ndarray,
-    fill: float,
-    head_dim: int,
-    designs: np.ndarray,
+def _add_up(
+    fetched: np.ndarray,
+    times: np.ndarray,
+    refills: np.ndarray,
+    work: np.ndarray,
+    fill: np.ndarray,
+    chosen: np.ndarray,
+    ranked: np.ndarray,
+    per_byte: np.ndarray,
+    array: np.ndarray,
+    engine: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    # Designs that share lanes share the selections' cycles.
-    for d in range(designs.shape[0]):
-        per_byte = 1 / designs[d, D_BYTES]
-        per_line = np.floor(designs[d, D_MULTIPLIERS] / head_dim)
-        line_cycles = np.ceil(per_line / designs[d, D_SOFTMAX])
-        lanes, emit = designs[d, D_TOPK], designs[d, D_EMIT]
-        merge = designs[d, D_MERGE] > 0
-        total = fill
-        for i in range(loads.shape[0]):
-            fetch = loads[i, 1] * ATOM * per_byte
-            scores, values, chosen = 0.0, 0.0, 0.0
-            for r in range(ends[i], ends[i + 1]):
-                many, n, k = rows[r, 0], rows[r, 1], rows[r, 2]
-                scores += many * np.ceil(n / per_line) * line_cycles * (1 + rows[r, 3])
-                values += many * np.ceil(k / per_line)
-                if k < n:
-                    one = _sort(n, lanes) if merge else expected_quick_select(n, k, lanes)
-                    chosen += many * (one + max(n / lanes, k / emit))
-            took = max(max(fetch, scores), max(values, chosen))
-            if loads[i, 2] > 0:
-                n, k = loads[i, 2], loads[i, 3]
-                one = _sort(n, lanes) if merge else expected_quick_select(n, k, lanes)
-                took += one + max(n / lanes, k / emit) + fill
-            total += took * loads[i, 0]
-        out[d] = total
+    for d in range(out.shape[0]):
+        a, e = array[d], engine[d]
+        for i in range(times.shape[0]):
+            took = max(fetched[i] * per_byte[d], max(work[a, i], chosen[e, i]))
+            out[d] += times[i] * (took + ranked[e, i] + refills[i] * fill[a])

@@ -18,7 +18,7 @@ class Multipliers(Section):
 
 
 class Buffer(Section):
-    """The key or the value SRAM, both halves of its double buffer; a line is as wide as an array."""
+    """The key or the value SRAM, both halves of its double buffer, lines as wide as an array."""
 
     lines: int = Field(ge=2)
     banks: int = Field(ge=1)

@@ -73,66 +73,100 @@ def read_head(
     call: AttentionCall,
     padding: np.ndarray | None,
     sequence: int,
-    kv_head: tuple[int, list[int]],
+    heads: list[int],
     probabilities: np.ndarray | None,
 ) -> Head | None:
     """What one load reads and its rows; None where nothing is kept."""
+    if operator.q_len == 1:
+        return _generated(operator, call, padding, sequence, heads, probabilities)
+    valid = _valid(operator, call, padding, sequence)
+    queries = np.arange(operator.q_len)
+    if operator.q_len == operator.kv_len:
+        queries = queries[valid]
+    union = valid
+    if call.mask is not None:
+        union = np.zeros_like(valid)
+        for head in {head * call.mask.heads // operator.heads for head in heads}:
+            union |= _kept(call.mask, sequence, head, operator, queries).any(axis=0)
+        union &= valid
+    ids = np.flatnonzero(union)
+    seen = np.full(queries.size, ids.size, np.int64)
+    if operator.is_causal:
+        ends = queries + operator.kv_len - operator.q_len + 1
+        seen = np.searchsorted(ids, ends).astype(np.int64)
+    seen = np.tile(seen[seen > 0], len(heads))
+    if seen.size == 0:
+        return None
+    return Head(ids, seen, seen, np.zeros(seen.size, np.int64), [], [])
+
+
+def _generated(
+    operator: Operator,
+    call: AttentionCall,
+    padding: np.ndarray | None,
+    sequence: int,
+    heads: list[int],
+    probabilities: np.ndarray | None,
+) -> Head | None:
+    """One new token: each row picks its values."""
+    if call.mask is None:
+        ids = np.flatnonzero(_valid(operator, call, padding, sequence))
+    else:
+        each = [_row(call.mask, sequence, head, operator) for head in heads]
+        ids = each[0]
+        for other in each[1:]:
+            if other is not ids and not np.array_equal(other, ids):
+                ids = np.union1d(ids, other)
+        if padding is not None:
+            ids = ids[_valid(operator, call, padding, sequence)[ids]]
+    if ids.size == 0:
+        return None
+    value_ids = [ids] * len(heads)
+    if call.value_mask is not None:
+        value_ids = [_row(call.value_mask, sequence, head, operator) for head in heads]
+        if padding is not None:
+            value_ids = [np.intersect1d(mine, ids) for mine in value_ids]
+    refetch = np.zeros(len(heads), np.int64)
+    if call.lsb_refetch is not None:
+        refetch[:] = call.lsb_refetch[sequence, heads, 0]
+    rows: list[np.ndarray] = []
+    if probabilities is not None:
+        mine = probabilities[min(sequence, probabilities.shape[0] - 1), :, 0]
+        rows = [mine[head, ids] for head in heads]
+    values = np.array([mine.size for mine in value_ids], np.int64)
+    return Head(ids, np.full(len(heads), ids.size, np.int64), values, refetch, value_ids, rows)
+
+
+def _valid(
+    operator: Operator, call: AttentionCall, padding: np.ndarray | None, sequence: int
+) -> np.ndarray:
     valid = np.ones(operator.kv_len, np.bool_)
     if padding is not None:
         valid &= padding[min(sequence, padding.shape[0] - 1)]
     if call.tokens_alive is not None:
         valid &= call.tokens_alive[sequence]
-    queries = np.arange(operator.q_len)
-    if operator.q_len > 1 and operator.q_len == operator.kv_len:
-        queries = queries[valid]
-    union = valid if call.mask is None else np.zeros_like(valid)
-    own: list[np.ndarray] = []
-    if call.mask is not None:
-        for head in kv_head[1]:
-            own.append(_kept(call.mask, sequence, head, operator, queries))
-            union |= own[-1].any(axis=0)
-        union &= valid
-    ids = np.flatnonzero(union)
-    if ids.size == 0 or queries.size == 0:
-        return None
-    seen = np.full(queries.size, ids.size, np.int64)
-    if operator.is_causal and operator.q_len > 1:
-        ends = queries + operator.kv_len - operator.q_len + 1
-        seen = np.searchsorted(ids, ends).astype(np.int64)
-    seen = seen[seen > 0]
-    if seen.size == 0:
-        return None
-    rows = len(kv_head[1])
-    every_seen = np.tile(seen, rows)
-    values, value_ids, kept_probabilities = every_seen.copy(), [], []
-    refetch = np.zeros(every_seen.size, np.int64)
-    if operator.q_len == 1:
-        for r, head in enumerate(kv_head[1]):
-            if call.value_mask is not None:
-                kept = _kept(call.value_mask, sequence, head, operator, queries)[0] & union
-                value_ids.append(np.flatnonzero(kept))
-            else:
-                value_ids.append(ids)
-            values[r] = value_ids[-1].size
-            if call.lsb_refetch is not None:
-                refetch[r] = call.lsb_refetch[sequence, head, 0]
-            if probabilities is not None:
-                row = probabilities[min(sequence, probabilities.shape[0] - 1), head, 0]
-                kept_probabilities.append(row[ids])
-    return Head(ids, every_seen, values, refetch, value_ids, kept_probabilities)
+    return valid
+
+
+def _row(mask: MaskArrays, sequence: int, head: int, operator: Operator) -> np.ndarray:
+    """Key ids that the one query of a head keeps."""
+    b = min(sequence, mask.batch - 1)
+    h = head * mask.heads // operator.heads
+    start, end = mask.offsets[b, h, 0], mask.offsets[b, h, 1]
+    blocks = mask.indices[start:end]
+    keys = mask.block_size[1]
+    if keys == 1:
+        return blocks
+    ids = (blocks[:, None] * keys + np.arange(keys)).reshape(-1)
+    return ids[ids < operator.kv_len]
 
 
 def _kept(
-    mask: MaskArrays, sequence: int, head: int, operator: Operator, queries: np.ndarray
+    mask: MaskArrays, sequence: int, h: int, operator: Operator, queries: np.ndarray
 ) -> np.ndarray:
-    """Kept pairs (queries, keys) of one head, blocks unfolded."""
+    """Kept pairs (queries, keys) of one head of the mask, blocks unfolded."""
     b = min(sequence, mask.batch - 1)
-    h = head * mask.heads // operator.heads
     rows, keys = mask.block_size
-    if operator.q_len == 1 and keys == 1:
-        kept = np.zeros((1, operator.kv_len), np.bool_)
-        kept[0, mask.indices[mask.offsets[b, h, 0] : mask.offsets[b, h, 1]]] = True
-        return kept
     offsets = mask.offsets[b, h]
     blocks = np.zeros((mask.q_blocks, mask.kv_blocks), np.bool_)
     row = np.repeat(np.arange(mask.q_blocks), np.diff(offsets))

@@ -106,15 +106,12 @@ class Jobs:
     key_ids: np.ndarray
     value_ids: np.ndarray
     probabilities: np.ndarray
-    useful_pairs: int
-    useful_value_pairs: int
-    notes: tuple[str, ...] = ()
 
 
 @dataclass
 class _Builder:
     loads: list[Load] = field(default_factory=list)
-    rows: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+    rows: list[np.ndarray] = field(default_factory=list)
     row_count: int = 0
     key_ids: list[np.ndarray] = field(default_factory=list)
     key_count: int = 0
@@ -122,8 +119,6 @@ class _Builder:
     value_count: int = 0
     probabilities: list[np.ndarray] = field(default_factory=list)
     probability_count: int = 0
-    useful: int = 0
-    useful_values: int = 0
 
 
 def lower(
@@ -162,7 +157,7 @@ def lower(
         known = seen_probabilities.get(i)
         for sequence in range(operator.batch):
             for kv_head in head_groups(config, operator, call):
-                head = read_head(operator, call, padding, sequence, kv_head, known)
+                head = read_head(operator, call, padding, sequence, kv_head[1], known)
                 if head is not None:
                     pair = len(kv_head[1]) > operator.heads // operator.kv_heads
                     vectors = regions.vectors(operator, call, sequence, kv_head[0], pair=pair)
@@ -172,7 +167,7 @@ def lower(
             if rank is not None:
                 made.loads[-1] = made.loads[-1]._replace(rank_from=rank[0], rank_to=rank[1])
                 ranked = len(made.loads) - 1
-    return _finish(made, head_dim, config.keys_per_cycle(head_dim), ())
+    return _finish(made, head_dim, config.keys_per_cycle(head_dim))
 
 
 def _ranking(
@@ -203,13 +198,10 @@ def _add(
     rows = head.seen.size
     generation = operator.q_len == 1
     this = len(made.loads)
-    rank_from = rank_to = 0
     if config.ranks_every_row and this:
         # The tokens are ranked anew before every fetch, by what the load before has added.
-        rank_from, rank_to = operator.kv_len, head.ids.size
-        made.loads[-1] = made.loads[-1]._replace(rank_from=rank_from, rank_to=rank_to)
+        made.loads[-1] = made.loads[-1]._replace(rank_from=operator.kv_len, rank_to=head.ids.size)
         ranked = this - 1
-        rank_from = rank_to = 0
     made.loads.append(
         Load(
             keys_at=made.key_count,
@@ -229,8 +221,8 @@ def _add(
             value_atoms=vectors.value_atoms,
             heads=vectors.heads,
             generation=int(generation),
-            rank_from=rank_from,
-            rank_to=rank_to,
+            rank_from=0,
+            rank_to=0,
             after=ranked,
             drain=0,
             call=call,
@@ -238,36 +230,33 @@ def _add(
     )
     made.key_ids.append(head.ids)
     made.key_count += head.ids.size
-    value_at = np.full(rows, -1, np.int64)
-    probability_at = np.full(rows, -1, np.int64)
+    table = np.full((rows, 6), -1, np.int64)
+    table[:, N_LOAD] = this
+    table[:, N_KEYS] = head.seen
+    table[:, N_VALUES] = head.values
+    table[:, N_REFETCH] = head.refetch
     for r, ids in enumerate(head.value_ids):
-        value_at[r] = made.value_count
+        table[r, N_VALUE_IDS_AT] = made.value_count
         made.value_ids.append(ids)
         made.value_count += ids.size
     for r, row in enumerate(head.probabilities):
-        probability_at[r] = made.probability_count
+        table[r, N_PROBABILITIES_AT] = made.probability_count
         made.probabilities.append(row)
         made.probability_count += row.size
-    load = np.full(rows, this, np.int64)
-    made.rows.append((load, head.seen, head.values, head.refetch, value_at, probability_at))
+    made.rows.append(table)
     made.row_count += rows
-    made.useful += int(head.seen.sum())
-    made.useful_values += int(head.values.sum())
 
 
-def _finish(made: _Builder, head_dim: int, per_line: int, notes: tuple[str, ...]) -> Jobs:
-    rows = [_joined([row[i] for row in made.rows]) for i in range(6)]
-    rows += [-(-rows[N_KEYS] // per_line), -(-rows[N_VALUES] // per_line)]
+def _finish(made: _Builder, head_dim: int, per_line: int) -> Jobs:
+    table = np.concatenate([np.zeros((0, 6), np.int64), *made.rows])
+    lines = -(-table[:, [N_KEYS, N_VALUES]] // per_line)
     return Jobs(
         head_dim=head_dim,
         loads=np.array(made.loads, np.int64).reshape(-1, len(Load._fields)),
-        rows=np.ascontiguousarray(np.stack(rows, axis=1)),
+        rows=np.ascontiguousarray(np.concatenate([table, lines], axis=1)),
         key_ids=_joined(made.key_ids),
         value_ids=_joined(made.value_ids),
         probabilities=_joined(made.probabilities),
-        useful_pairs=made.useful,
-        useful_value_pairs=made.useful_values,
-        notes=notes,
     )
 
 
