@@ -28,76 +28,27 @@ from sparseloom.hardware.units.dram_queue import (
     channel_of,
     choose_kind,
     close_bank,
-    finish,
+    enlist,
     in_flight,
+    opened_bank,
     pop,
     push,
-    sort_out,
+    take_out,
     unlist,
 )
 from sparseloom.hardware.units.dram_state import (
     ACTIVATES,
-    B_ACT,
-    B_COLUMN,
-    B_HIT,
-    B_MISS,
-    B_OPENER,
-    B_PRE,
-    B_ROW,
     BUSY,
-    C_FILLED,
-    C_MODE,
-    C_ROW_BUS,
-    C_WAITING,
-    C_WAKE,
-    G_ACT,
+    CLOSING,
+    HITS,
     LOGGED,
-    N_ACT,
-    N_BANK_SHIFT,
-    N_BANKS,
-    N_BURST,
-    N_CCD_L,
-    N_CCD_S,
-    N_CHANNELS,
-    N_FAW,
-    N_GROUP_SHIFT,
-    N_PSEUDO,
-    N_RAS,
-    N_RC,
-    N_RCD,
-    N_RD_WR,
-    N_READ_LATENCY,
-    N_REFI,
-    N_RFC,
-    N_RP,
-    N_RRD_L,
-    N_RRD_S,
-    N_RTP,
-    N_SHARED_BUS,
-    N_WR_PRE,
-    N_WR_RD_L,
-    N_WR_RD_S,
     NEVER,
     NEXT_EVENT,
-    P_ACT,
-    P_COLUMN,
-    P_LISTED,
-    P_NEXT_COLUMN,
-    P_NEXT_ROW,
-    P_OLDEST,
-    P_OPENED,
-    P_OPENERS,
-    P_REFRESH,
-    P_WINDOW,
+    OPENING,
     PRECHARGES,
     READS,
     REFRESHES,
     ROW_HITS,
-    S_NEXT,
-    S_OPENER,
-    S_ORDER,
-    S_ROW,
-    S_TAG,
     WRITES,
     Dram,
     make_dram,
@@ -135,14 +86,15 @@ RD, WR, ACT, PRE, PREA, REF = range(6)
 
 
 @inlined
-def _note(d: Dram, now: int, command: int, p: int, b: int, row: int) -> None:
+def _note(d: Dram, now: int, command: int, p: int, bank: int, row: int) -> None:
     used = d.counters[LOGGED]
-    if used < d.log.shape[0]:
-        d.log[used, 0] = now
-        d.log[used, 1] = command
-        d.log[used, 2] = p
-        d.log[used, 3] = b & (d.numbers[N_BANKS] - 1) if b >= 0 else -1
-        d.log[used, 4] = row
+    if used < len(d.log):
+        entry = d.log[used]
+        entry.clock = now
+        entry.command = command
+        entry.pseudo = p
+        entry.bank = bank & (d.constants[0].banks - 1) if bank >= 0 else -1
+        entry.row = row
     d.counters[LOGGED] = used + 1
 
 
@@ -152,10 +104,11 @@ def step(d: Dram, now: int) -> None:
     if now < d.counters[NEXT_EVENT]:
         return
     first = NEVER
-    for c in range(d.numbers[N_CHANNELS]):
-        if d.channels[c, C_WAKE] <= now:
-            _step_channel(d, c, now)
-        first = min(first, d.channels[c, C_WAKE])
+    for i in range(d.constants[0].channels):
+        c = d.channels[i]
+        if c.wake <= now:
+            _step_channel(d, i, now)
+        first = min(first, c.wake)
     d.counters[NEXT_EVENT] = first
 
 
@@ -166,233 +119,250 @@ def next_event(d: Dram) -> int:
 
 
 @inlined
-def _step_channel(d: Dram, c: int, now: int) -> None:
-    start = c * d.numbers[N_PSEUDO]
-    end = start + d.numbers[N_PSEUDO]
-    done = False
-    best = NEVER
-    chosen, kind = -1, 0
-    bus_free = d.channels[c, C_ROW_BUS] <= now
-    for p in range(start, end):
-        if d.pseudo[p, P_NEXT_COLUMN] > now or (d.numbers[N_SHARED_BUS] and not bus_free):
-            continue
-        order, b, k = _pick_column(d, c, p, now)
-        if order < best:
-            best, chosen, kind = order, b, k
-    if chosen >= 0:
-        _issue_column(d, c, chosen, kind, now)
-        done = True
-    if bus_free and not (done and d.numbers[N_SHARED_BUS]):
+def _step_channel(d: Dram, i: int, now: int) -> None:
+    n, c = d.constants[0], d.channels[i]
+    start = i * n.pseudo
+    end = start + n.pseudo
+    bus_free = c.row_bus <= now
+    chosen = -1
+    if bus_free or n.shared_bus == 0:
         best = NEVER
-        chosen, kind = -1, 0
         for p in range(start, end):
-            if d.pseudo[p, P_NEXT_ROW] > now:
+            if d.pseudo[p].next_column <= now:
+                s = _pick_column(d, p, c.mode, now)
+                if s >= 0 and d.sides[s].hit_order < best:
+                    best, chosen = d.sides[s].hit_order, s
+        if chosen >= 0:
+            _issue_column(d, i, chosen, now)
+    if bus_free and (chosen < 0 or n.shared_bus == 0):
+        best = NEVER
+        chosen = -1
+        for p in range(start, end):
+            if d.pseudo[p].next_row > now:
                 continue
-            if d.pseudo[p, P_REFRESH] <= now:
-                if _refreshed(d, p, now):
-                    done = True
+            if d.pseudo[p].refresh <= now:
+                if _refreshed(d, i, p, now):
                     chosen = -1
                     break
                 continue
-            order, b, k = _pick_row(d, c, p, now)
-            if order < best:
-                best, chosen, kind = order, b, k
+            s = _pick_row(d, p, c.mode, now)
+            if s >= 0 and d.sides[s].miss_order < best:
+                best, chosen = d.sides[s].miss_order, s
         if chosen >= 0:
-            _issue_row(d, c, chosen, kind, now)
+            _issue_row(d, i, chosen, now)
     wake = NEVER
     for p in range(start, end):
-        wake = min(wake, d.pseudo[p, P_NEXT_COLUMN])
-        wake = min(wake, max(d.pseudo[p, P_NEXT_ROW], d.channels[c, C_ROW_BUS]))
-    d.channels[c, C_WAKE] = max(wake, now + 1)
+        wake = min(wake, min(d.pseudo[p].next_column, max(d.pseudo[p].next_row, c.row_bus)))
+    c.wake = max(wake, now + 1)
 
 
 @inlined
-def _pick_column(d: Dram, c: int, p: int, now: int) -> tuple[int, int, int]:
-    """(order, bank, kind) of the best column command of a pseudo-channel, or order NEVER."""
+def _pick_column(d: Dram, p: int, mode: int, now: int) -> int:
+    """The side of a pseudo-channel with the best column command that is legal, or −1."""
+    n, x = d.constants[0], d.pseudo[p]
     best = NEVER
-    chosen, kind = -1, 0
+    chosen = -1
     later = NEVER
-    refreshing = d.pseudo[p, P_REFRESH] <= now
     for k in range(2):
-        only_openers = refreshing or k != d.channels[c, C_MODE]
-        n = d.pseudo[p, P_LISTED + 2 * k + 0]
-        if n == 0 or (only_openers and d.pseudo[p, P_OPENERS + k] == 0):
+        at = (3 * (2 * p + k) + HITS) * 4 * n.banks
+        used = d.lists[at]
+        lane = d.lanes[2 * p + k]
+        # Of the kind that is not served now, and before a refresh, only what has opened a row.
+        limit = 0 if k != mode or x.refresh <= now else NEVER
+        if used == 0 or (limit == 0 and lane.openers == 0):
             continue
-        bus = d.pseudo[p, P_COLUMN + k]
-        if bus > now:
-            later = min(later, bus)
+        if lane.bus > now:
+            later = min(later, lane.bus)
             continue
-        for i in range(n):
-            b = d.lists[p, k, 0, i]
-            slot = d.slots[c, d.banks[b, B_HIT + k]]
-            if only_openers and slot[S_OPENER] == 0:
+        for j in range(at + 1, at + 1 + used):
+            s = d.lists[j]
+            side = d.sides[s]
+            order = side.hit_order
+            if order >= limit:
                 continue
-            ready = max(d.banks[b, B_COLUMN + k], d.groups[b >> d.numbers[N_GROUP_SHIFT], k])
+            ready = max(side.column, d.groups[4 * (s >> n.side_shift) + k])
+            if ready > now:
+                later = min(later, ready)
+            elif order < best:
+                best, chosen = order, s
+    x.next_column = now if chosen >= 0 else later
+    return chosen
+
+
+@inlined
+def _issue_column(d: Dram, i: int, s: int, now: int) -> None:
+    n, c, side, bank = d.constants[0], d.channels[i], d.sides[s], d.banks[s >> 1]
+    k = s & 1
+    p = bank.pseudo
+    x, lane, other = d.pseudo[p], d.lanes[2 * p + k], d.lanes[2 * p + 1 - k]
+    g = 4 * (s >> n.side_shift)
+    request = side.hit
+    slot = d.slots[request]
+    lane.bus = max(lane.bus, now + n.ccd_s)
+    d.groups[g + k] = max(d.groups[g + k], now + n.ccd_l)
+    if k == 0:
+        other.bus = max(other.bus, now + n.rd_wr)
+        bank.close = max(bank.close, now + n.rtp)
+        filled = c.filled
+        response = d.ring[i * n.ring + (filled & (n.ring - 1))]
+        response.clock = now + n.read_latency
+        response.tag = slot.tag
+        c.filled = filled + 1
+        d.counters[READS] += 1
+    else:
+        other.bus = max(other.bus, now + n.wr_rd_s)
+        d.groups[g] = max(d.groups[g], now + n.wr_rd_l)
+        bank.close = max(bank.close, now + n.wr_pre)
+        d.counters[WRITES] += 1
+    d.counters[BUSY] += n.burst
+    _note(d, now, WR if k else RD, p, s >> 1, bank.row)
+    if side.hit_order < 0:
+        bank.opener = 0
+        lane.openers -= 1
+        for kind in range(2):
+            if d.sides[(s & -2) + kind].miss >= 0:
+                enlist(d, 2 * p + kind, CLOSING, (s & -2) + kind)
+                x.next_close = min(x.next_close, max(now + 1, bank.close))
+        x.next_row = min(x.next_row, max(now + 1, min(x.next_close, x.refresh)))
+    else:
+        d.counters[ROW_HITS] += 1
+        if k == 0:
+            c.reads -= 1
+        else:
+            c.writes -= 1
+    # The next one to the same row, if there is one.
+    follow = slot.next
+    while follow >= 0 and d.slots[follow].row != bank.row:
+        follow = d.slots[follow].next
+    side.hit = follow
+    if follow >= 0:
+        side.hit_order = d.slots[follow].order
+    else:
+        unlist(d, 2 * p + k, HITS, s)
+    take_out(d, i, s, request)
+    x.next_column = min(lane.bus, other.bus)
+    if c.writes > 0 or c.mode == 1:
+        choose_kind(d, i, now + 1)
+
+
+@inlined
+def _pick_row(d: Dram, p: int, mode: int, now: int) -> int:
+    """The side of a pseudo-channel with the best ACT or PRE that is legal, or −1."""
+    n, x = d.constants[0], d.pseudo[p]
+    best = NEVER
+    chosen = -1
+    if x.next_close <= now:
+        at = (3 * (2 * p + mode) + CLOSING) * 4 * n.banks
+        later = NEVER
+        found = 0
+        for j in range(at + 1, at + 1 + d.lists[at]):
+            s = d.lists[j]
+            ready = d.banks[s >> 1].close
             if ready > now:
                 later = min(later, ready)
                 continue
-            # Who has opened a row goes first.
-            order = slot[S_ORDER] - (NEVER if slot[S_OPENER] else 0)
-            if order < best:
-                best, chosen, kind = order, b, k
-    d.pseudo[p, P_NEXT_COLUMN] = now if chosen >= 0 else later
-    return best, chosen, kind
+            found += 1
+            if d.sides[s].miss_order < best:
+                best, chosen = d.sides[s].miss_order, s
+        x.next_close = now if found else later
+        x.after_close = now + 1 if found > 1 else later
+    if x.next_open <= now:
+        later = max(x.open, x.opened_4 + n.faw)
+        if later <= now:
+            at = (3 * (2 * p + mode) + OPENING) * 4 * n.banks
+            later = NEVER
+            for j in range(at + 1, at + 1 + d.lists[at]):
+                s = d.lists[j]
+                ready = max(d.banks[s >> 1].open, d.groups[4 * (s >> n.side_shift) + 2])
+                if ready > now:
+                    later = min(later, ready)
+                    continue
+                later = now
+                if d.sides[s].miss_order < best:
+                    best, chosen = d.sides[s].miss_order, s
+        x.next_open = later
+    x.next_row = min(min(x.next_close, x.next_open), x.refresh)
+    return chosen
 
 
 @inlined
-def _issue_column(d: Dram, c: int, b: int, k: int, now: int) -> None:
-    p = b >> d.numbers[N_BANK_SHIFT]
-    g = b >> d.numbers[N_GROUP_SHIFT]
-    s = d.banks[b, B_HIT + k]
-    slot = d.slots[c, s]
-    other = 1 - k
-    d.pseudo[p, P_COLUMN + k] = max(d.pseudo[p, P_COLUMN + k], now + d.numbers[N_CCD_S])
-    d.groups[g, k] = max(d.groups[g, k], now + d.numbers[N_CCD_L])
-    if k == 0:
-        d.pseudo[p, P_COLUMN + other] = max(d.pseudo[p, P_COLUMN + other], now + d.numbers[N_RD_WR])
-        d.banks[b, B_PRE] = max(d.banks[b, B_PRE], now + d.numbers[N_RTP])
-        filled = d.channels[c, C_FILLED]
-        place = filled & (d.ring.shape[1] - 1)
-        d.ring[c, place, 0] = now + d.numbers[N_READ_LATENCY]
-        d.ring[c, place, 1] = slot[S_TAG]
-        d.channels[c, C_FILLED] = filled + 1
-        d.counters[READS] += 1
-    else:
-        d.pseudo[p, P_COLUMN + other] = max(
-            d.pseudo[p, P_COLUMN + other], now + d.numbers[N_WR_RD_S]
-        )
-        d.groups[g, other] = max(d.groups[g, other], now + d.numbers[N_WR_RD_L])
-        d.banks[b, B_PRE] = max(d.banks[b, B_PRE], now + d.numbers[N_WR_PRE])
-        d.counters[WRITES] += 1
-    d.counters[BUSY] += d.numbers[N_BURST]
-    _note(d, now, RD if k == 0 else WR, p, b, slot[S_ROW])
-    if slot[S_OPENER]:
-        d.banks[b, B_OPENER] = 0
-        d.pseudo[p, P_OPENERS + k] -= 1
-        d.pseudo[p, P_NEXT_ROW] = min(d.pseudo[p, P_NEXT_ROW], now + 1)
-    else:
-        d.counters[ROW_HITS] += 1
-        d.channels[c, C_WAITING + k] -= 1
-    finish(d, c, b, k, s)
-    # The next one to the same row, if there is one.
-    follow = slot[S_NEXT]
-    row = d.banks[b, B_ROW]
-    while follow >= 0 and d.slots[c, follow, S_ROW] != row:
-        follow = d.slots[c, follow, S_NEXT]
-    d.banks[b, B_HIT + k] = follow
-    if follow < 0:
-        unlist(d, p, b, k, 0)
-    if d.pseudo[p, P_LISTED] + d.pseudo[p, P_LISTED + 2] > 0:
-        d.pseudo[p, P_NEXT_COLUMN] = min(d.pseudo[p, P_COLUMN], d.pseudo[p, P_COLUMN + 1])
-    else:
-        d.pseudo[p, P_NEXT_COLUMN] = NEVER
-    choose_kind(d, c, now + 1)
-
-
-@inlined
-def _pick_row(d: Dram, c: int, p: int, now: int) -> tuple[int, int, int]:
-    """(order, bank, kind) of the best ACT or PRE of a pseudo-channel, or order NEVER."""
-    best = NEVER
-    chosen = -1
-    later = d.pseudo[p, P_REFRESH]
-    k = d.channels[c, C_MODE]
-    window = d.pseudo[p, P_WINDOW + d.pseudo[p, P_OLDEST]] + d.numbers[N_FAW]
-    act = max(d.pseudo[p, P_ACT], window)
-    for i in range(d.pseudo[p, P_LISTED + 2 * k + 1]):
-        b = d.lists[p, k, 1, i]
-        if d.banks[b, B_ROW] >= 0:
-            if d.banks[b, B_OPENER]:
-                continue
-            ready = d.banks[b, B_PRE]
-        else:
-            ready = max(max(act, d.banks[b, B_ACT]), d.groups[b >> d.numbers[N_GROUP_SHIFT], G_ACT])
-        if ready > now:
-            later = min(later, ready)
-            continue
-        order = d.slots[c, d.banks[b, B_MISS + k], S_ORDER]
-        if order < best:
-            best, chosen = order, b
-    d.pseudo[p, P_NEXT_ROW] = now if chosen >= 0 else later
-    return best, chosen, k
-
-
-@inlined
-def _issue_row(d: Dram, c: int, b: int, k: int, now: int) -> None:
-    p = b >> d.numbers[N_BANK_SHIFT]
-    if d.banks[b, B_ROW] >= 0:
-        close_bank(d, p, b)
-        d.banks[b, B_ACT] = max(d.banks[b, B_ACT], now + d.numbers[N_RP])
-        d.channels[c, C_ROW_BUS] = now + 1
+def _issue_row(d: Dram, i: int, s: int, now: int) -> None:
+    n, c, side, bank = d.constants[0], d.channels[i], d.sides[s], d.banks[s >> 1]
+    k = s & 1
+    p = bank.pseudo
+    x, lane = d.pseudo[p], d.lanes[2 * p + k]
+    if bank.row >= 0:
+        close_bank(d, s >> 1)
+        bank.open = max(bank.open, now + n.rp)
+        c.row_bus = now + 1
         d.counters[PRECHARGES] += 1
-        _note(d, now, PRE, p, b, -1)
-        d.pseudo[p, P_NEXT_ROW] = now + 1
-        return
-    g = b >> d.numbers[N_GROUP_SHIFT]
-    s = d.banks[b, B_MISS + k]
-    row = d.slots[c, s, S_ROW]
-    d.slots[c, s, S_OPENER] = 1
-    d.channels[c, C_WAITING + k] -= 1
-    d.banks[b, B_OPENER] = 1
-    d.pseudo[p, P_OPENERS + k] += 1
-    d.pseudo[p, P_OPENED] += 1
-    d.banks[b, B_ROW] = row
-    for kind in range(2):
-        d.banks[b, B_COLUMN + kind] = now + d.numbers[N_RCD + kind]
-        sort_out(d, c, p, b, kind)
-    d.banks[b, B_PRE] = now + d.numbers[N_RAS]
-    d.banks[b, B_ACT] = now + d.numbers[N_RC]
-    d.groups[g, G_ACT] = now + d.numbers[N_RRD_L]
-    d.pseudo[p, P_ACT] = now + d.numbers[N_RRD_S]
-    oldest = d.pseudo[p, P_OLDEST]
-    d.pseudo[p, P_WINDOW + oldest] = now
-    d.pseudo[p, P_OLDEST] = (oldest + 1) & 3
-    d.channels[c, C_ROW_BUS] = now + d.numbers[N_ACT]
-    d.counters[ACTIVATES] += 1
-    _note(d, now, ACT, p, b, row)
-    ready = now + min(d.numbers[N_RCD], d.numbers[N_RCD + 1])
-    d.pseudo[p, P_NEXT_COLUMN] = min(d.pseudo[p, P_NEXT_COLUMN], ready)
-    d.pseudo[p, P_NEXT_ROW] = now + 1
-    choose_kind(d, c, now + 1)
+        _note(d, now, PRE, p, s >> 1, -1)
+        x.next_close = x.after_close
+        x.next_open = min(x.next_open, bank.open)
+    else:
+        slot = d.slots[side.miss]
+        if k == 0:
+            c.reads -= 1
+        else:
+            c.writes -= 1
+        opened_bank(d, s >> 1, slot.row)
+        # Who has opened a row goes before all others.
+        side.hit_order -= NEVER
+        bank.opener = 1
+        lane.openers += 1
+        x.opened += 1
+        d.sides[s & -2].column = now + n.rcd_read
+        d.sides[s | 1].column = now + n.rcd_write
+        bank.close = now + n.ras
+        bank.open = now + n.rc
+        d.groups[4 * (s >> n.side_shift) + 2] = now + n.rrd_l
+        x.open = now + n.rrd_s
+        x.opened_4, x.opened_3, x.opened_2, x.opened_1 = x.opened_3, x.opened_2, x.opened_1, now
+        c.row_bus = now + n.act
+        d.counters[ACTIVATES] += 1
+        _note(d, now, ACT, p, s >> 1, bank.row)
+        x.next_column = min(x.next_column, now + min(n.rcd_read, n.rcd_write))
+        x.next_open = now + 1
+        if c.writes > 0 or c.mode == 1:
+            choose_kind(d, i, now + 1)
+    x.next_row = min(min(x.next_close, x.next_open), x.refresh)
 
 
 @inlined
-def _refreshed(d: Dram, p: int, now: int) -> bool:
+def _refreshed(d: Dram, i: int, p: int, now: int) -> bool:
     """A refresh is due: close all banks, then refresh. Whether a command was issued."""
-    c = p // d.numbers[N_PSEUDO]
-    first = p * d.numbers[N_BANKS]
-    last = first + d.numbers[N_BANKS]
-    if d.pseudo[p, P_OPENED] > 0:
-        if d.pseudo[p, P_OPENERS + 0] + d.pseudo[p, P_OPENERS + 1] > 0:
-            d.pseudo[p, P_NEXT_ROW] = NEVER  # the column command of the last opener looks again
-            return False
-        ready = now
-        for b in range(first, last):
-            if d.banks[b, B_ROW] >= 0:
-                ready = max(ready, d.banks[b, B_PRE])
-        if ready > now:
-            d.pseudo[p, P_NEXT_ROW] = ready
-            return False
-        for b in range(first, last):
-            if d.banks[b, B_ROW] >= 0:
-                close_bank(d, p, b)
-                d.counters[PRECHARGES] += 1
-            d.banks[b, B_ACT] = max(d.banks[b, B_ACT], now + d.numbers[N_RP])
-        d.channels[c, C_ROW_BUS] = now + 1
-        d.pseudo[p, P_NEXT_ROW] = now + d.numbers[N_RP]
-        _note(d, now, PREA, p, -1, -1)
-        return True
-    ready = now
-    for b in range(first, last):
-        ready = max(ready, d.banks[b, B_ACT])
-    if ready > now:
-        d.pseudo[p, P_NEXT_ROW] = ready
+    n, c, x = d.constants[0], d.channels[i], d.pseudo[p]
+    if d.lanes[2 * p].openers + d.lanes[2 * p + 1].openers > 0:
+        x.next_row = NEVER  # the column command of the last opener looks again
         return False
-    for b in range(first, last):
-        d.banks[b, B_ACT] = now + d.numbers[N_RFC]
-    d.pseudo[p, P_REFRESH] += d.numbers[N_REFI]
-    d.channels[c, C_ROW_BUS] = now + 1
-    misses = d.pseudo[p, P_LISTED + 1] + d.pseudo[p, P_LISTED + 3]
-    d.pseudo[p, P_NEXT_ROW] = now + d.numbers[N_RFC] if misses else d.pseudo[p, P_REFRESH]
-    d.counters[REFRESHES] += 1
-    _note(d, now, REF, p, -1, -1)
+    closing = x.opened > 0
+    ready = now
+    for b in range(p * n.banks, (p + 1) * n.banks):
+        bank = d.banks[b]
+        if closing:
+            ready = max(ready, bank.close if bank.row >= 0 else now)
+        else:
+            ready = max(ready, bank.open)
+    x.next_row = ready
+    if ready > now:
+        return False
+    for b in range(p * n.banks, (p + 1) * n.banks):
+        bank = d.banks[b]
+        if not closing:
+            bank.open = now + n.rfc
+            continue
+        if bank.row >= 0:
+            close_bank(d, b)
+            d.counters[PRECHARGES] += 1
+        bank.open = max(bank.open, now + n.rp)
+    c.row_bus = now + 1
+    x.next_close = NEVER
+    if closing:
+        x.next_row = now + n.rp
+    else:
+        x.refresh += n.refi
+        d.counters[REFRESHES] += 1
+        x.next_open = now + n.rfc
+        x.next_row = min(x.next_open, x.refresh)
+    _note(d, now, PREA if closing else REF, p, -1, -1)
     return True

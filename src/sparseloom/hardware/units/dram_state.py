@@ -1,6 +1,7 @@
-"""State of a memory: few integer arrays, with a name for every column.
+"""State of a memory: records for its banks, buses and queues, and the constants of a run.
 
-Compiled functions take the whole state; each array costs time in every call, so there are few.
+Records and few arrays, because a machine's loop takes the state apart in every call that it
+compiles. What a scheduler looks at together lies together.
 """
 
 from __future__ import annotations
@@ -21,82 +22,56 @@ BANK_BITS = 24
 READS, WRITES, ACTIVATES, PRECHARGES, ROW_HITS, REFRESHES, BUSY = range(7)
 """Places in `Dram.counters`; BUSY is data-bus clocks, summed over pseudo-channels."""
 
-ACCEPTED, NEXT_EVENT, LOGGED = range(7, 10)
-"""Further places: requests and commands so far, the first clock in which anything can happen."""
+ACCEPTED, TAKEN, NEXT_EVENT, LOGGED = range(7, 11)
+"""Further places: requests so far, reads taken, first clock of any event, commands so far."""
 
-# Dram.slots: a request. OPENER: it has opened its row and is not served yet.
-S_ORDER, S_ROW, S_BANK, S_KIND, S_TAG, S_NEXT, S_PREVIOUS, S_OPENER = range(8)
+HITS, CLOSING, OPENING = range(3)
+"""Lists of a lane: banks with a request to the open row, to another row, to a closed bank."""
 
-# Dram.banks; two columns (reads, writes) where a kind is added, PLACE has four (kind, list).
-B_ROW, B_OPENER, B_PRE, B_ACT = range(4)
-B_HIT, B_MISS, B_COLUMN, B_HEAD, B_TAIL, B_PLACE = range(4, 16, 2)
 
-# Dram.groups: columns 0 and 1 are the clocks from which a read and a write are legal.
-G_ACT = 2
+def _record(*, wide: str, narrow: str = "") -> np.dtype[np.void]:
+    fields = [(name, np.int64) for name in wide.split()]
+    return np.dtype([*fields, *((name, np.int32) for name in narrow.split())], align=True)
 
-# Dram.pseudo: LISTED has four columns (kind, list), WINDOW the clocks of the last four ACTs.
-P_REFRESH, P_NEXT_COLUMN, P_NEXT_ROW, P_OPENED, P_ACT, P_OLDEST = range(6)
-P_OPENERS, P_COLUMN, P_LISTED, P_WINDOW = 6, 8, 10, 14
 
-# Dram.channels
-C_WAKE, C_MODE, C_ROW_BUS, C_FREE_USED, C_OUTSTANDING, C_TAKEN, C_FILLED, C_WAITING = range(8)
-
-# Dram.numbers: the constants of a run, sizes first.
-(
-    N_CHANNELS,
-    N_PSEUDO,
-    N_BANKS,
-    N_BANK_SHIFT,
-    N_GROUP_SHIFT,
-    N_ATOM_SHIFT,
-    N_SHARED_BUS,
-    N_READS,
-    N_WRITES,
-    N_HIGH,
-    N_LOW,
-    N_OUTSTANDING,
-    N_READ_LATENCY,
-    N_RP,
-    N_RAS,
-    N_RC,
-    N_RTP,
-    N_WR_PRE,
-    N_CCD_S,
-    N_CCD_L,
-    N_RD_WR,
-    N_WR_RD_S,
-    N_WR_RD_L,
-    N_RRD_S,
-    N_RRD_L,
-    N_FAW,
-    N_ACT,
-    N_BURST,
-    N_REFI,
-    N_RFC,
-    N_RCD,
-    N_RCD_WRITE,
-) = range(32)
+# A side is the reads or the writes of a bank, a lane those of a pseudo-channel: side 2b + k and
+# lane 2p + k, k = 0 for reads. A clock in a field is the first one in which what it names is legal.
+SLOT = _record(wide="order tag", narrow="row next previous unused")
+# opener: a request has opened the row and is not served yet.
+BANK = _record(wide="close open", narrow="row opener pseudo unused")
+# hit_order is below 0 for the one that has opened the row.
+SIDE = _record(wide="column hit_order miss_order", narrow="hit miss head tail")
+PSEUDO = _record(
+    wide="refresh next_column next_row next_close next_open after_close open "
+    "opened_1 opened_2 opened_3 opened_4 opened"
+)
+LANE = _record(wide="bus openers")
+CHANNEL = _record(wide="wake row_bus taken filled mode free outstanding reads writes")
+RESPONSE = _record(wide="clock tag")
+COMMAND = _record(wide="clock command pseudo bank row")
+CONSTANTS = _record(
+    wide="channels channel_shift pseudo banks side_shift atom_shift shared_bus reads writes high low "
+    "outstanding ring read_latency rp ras rc rtp wr_pre ccd_s ccd_l rd_wr wr_rd_s wr_rd_l rrd_s "
+    "rrd_l faw act burst refi rfc rcd_read rcd_write"
+)
 
 
 class Dram(NamedTuple):
-    """State of a memory; make one with `make_dram`.
+    """State of a memory; make one with `make_dram`. All arrays have one dimension."""
 
-    c: channel, p: pseudo-channel of the memory, b: bank of the memory, k: kind (0 read, 1 write).
-    A clock in a column is the first one in which what the column names is legal.
-    """
-
-    numbers: np.ndarray  # constants, N_*
-    tables: np.ndarray  # (3, 2^TABLE_BITS): a decoded address is the XOR of three look-ups
-    slots: np.ndarray  # (c, slots, 8): requests, S_*
-    free: np.ndarray  # (c, slots): stack of free slots
-    banks: np.ndarray  # (b, 18): B_*
-    groups: np.ndarray  # (bank groups of the memory, 3)
-    pseudo: np.ndarray  # (p, 18): P_*
-    lists: np.ndarray  # (p, k, 2, banks): banks with hits and with misses, in no order
-    channels: np.ndarray  # (c, 9): C_*
-    ring: np.ndarray  # (c, r, 2): clock and tag of responses not yet taken
-    counters: np.ndarray  # (10)
-    log: np.ndarray  # (capacity, 5): clock, command, pseudo-channel, bank, row
+    constants: np.ndarray  # (1) CONSTANTS
+    tables: np.ndarray  # (3 × 2^TABLE_BITS): a decoded address is the XOR of three look-ups
+    slots: np.ndarray  # (channels × slots) SLOT: requests; `next` also chains the free ones
+    banks: np.ndarray  # (banks of the memory) BANK
+    sides: np.ndarray  # (2 × banks of the memory) SIDE
+    groups: np.ndarray  # (4 × bank groups of the memory): clocks for a read, a write, an ACT
+    pseudo: np.ndarray  # (pseudo-channels of the memory) PSEUDO
+    lanes: np.ndarray  # (2 × pseudo-channels of the memory) LANE
+    lists: np.ndarray  # (3 × lanes × 4 banks): length, sides in no order, places of the banks
+    channels: np.ndarray  # (channels) CHANNEL
+    ring: np.ndarray  # (channels × ring) RESPONSE: data on its way or not taken
+    counters: np.ndarray  # (11)
+    log: np.ndarray  # (capacity) COMMAND
 
 
 def make_dram(config: MemoryConfig, *, log: int = 0) -> Dram:
@@ -111,73 +86,88 @@ def make_dram(config: MemoryConfig, *, log: int = 0) -> Dram:
     p = channels * pseudo
     slots = q.read_entries + q.write_entries + pseudo * banks
     first = config.refresh_clocks.interval or NEVER
+    # A power of two: a place in the ring is a mask away.
+    ring = 1 << q.outstanding_reads.bit_length()
     state = Dram(
-        numbers=_numbers(config),
+        constants=_constants(config, ring),
         tables=_tables(config),
-        slots=np.full((channels, slots, 8), -1, np.int64),
-        free=np.tile(np.arange(slots, dtype=np.int64), (channels, 1)),
-        banks=np.full((p * banks, 18), -1, np.int64),
-        groups=np.zeros((p * config.bank_groups, 3), np.int64),
-        pseudo=np.zeros((p, 18), np.int64),
-        lists=np.zeros((p, 2, 2, banks), np.int64),
-        channels=np.zeros((channels, 9), np.int64),
-        # A power of two: a place in the ring is a mask away.
-        ring=np.zeros((channels, 1 << q.outstanding_reads.bit_length(), 2), np.int64),
-        counters=np.zeros(10, np.int64),
-        log=np.zeros((log, 5), np.int64),
+        slots=np.zeros(channels * slots, SLOT),
+        banks=np.zeros(p * banks, BANK),
+        sides=np.zeros(2 * p * banks, SIDE),
+        groups=np.zeros(4 * p * config.bank_groups, np.int64),
+        pseudo=np.zeros(p, PSEUDO),
+        lanes=np.zeros(2 * p, LANE),
+        lists=np.zeros(3 * 2 * p * 4 * banks, np.int64),
+        channels=np.zeros(channels, CHANNEL),
+        ring=np.zeros(channels * ring, RESPONSE),
+        counters=np.zeros(11, np.int64),
+        log=np.zeros(log, COMMAND),
     )
-    state.banks[:, [B_OPENER, B_PRE, B_ACT, B_COLUMN, B_COLUMN + 1]] = 0
-    state.pseudo[:, P_WINDOW : P_WINDOW + 4] = -NEVER
-    state.pseudo[:, [P_REFRESH, P_NEXT_ROW]] = first
-    state.pseudo[:, P_NEXT_COLUMN] = NEVER
-    state.channels[:, C_FREE_USED] = slots
-    state.channels[:, C_WAKE] = first
+    last = np.arange(1, channels * slots + 1) % slots == 0
+    state.slots["next"] = np.where(last, -1, np.arange(1, channels * slots + 1))
+    state.channels["free"] = np.arange(channels) * slots
+    state.banks["row"] = -1
+    state.banks["pseudo"] = np.arange(p * banks) // banks
+    for field in ("hit", "miss", "head", "tail"):
+        state.sides[field] = -1
+    for i in range(1, 5):
+        state.pseudo[f"opened_{i}"] = -NEVER
+    for field in ("next_column", "next_close", "next_open"):
+        state.pseudo[field] = NEVER
+    state.pseudo["refresh"] = first
+    state.pseudo["next_row"] = first
+    state.channels["wake"] = first
     state.counters[NEXT_EVENT] = first
     return state
 
 
-def _numbers(config: MemoryConfig) -> np.ndarray:
+def _constants(config: MemoryConfig, ring: int) -> np.ndarray:
     t, q = config.timing_clocks, config.controller
     late = t.activate_command - 1
     numbers = {
-        N_CHANNELS: config.channels,
-        N_PSEUDO: config.pseudo_channels,
-        N_BANKS: config.banks,
-        N_BANK_SHIFT: config.banks.bit_length() - 1,
-        N_GROUP_SHIFT: config.banks_per_group.bit_length() - 1,
-        N_ATOM_SHIFT: config.atom_bytes.bit_length() - 1,
-        N_SHARED_BUS: int(config.command_bus == "shared"),
-        N_READS: q.read_entries,
-        N_WRITES: q.write_entries,
-        N_HIGH: max(1, int(q.write_high_fraction * q.write_entries)),
-        N_LOW: int(q.write_low_fraction * q.write_entries),
-        N_OUTSTANDING: q.outstanding_reads,
-        N_READ_LATENCY: t.read_latency + t.burst + q.response_clocks,
-        N_RP: t.rp,
-        N_RAS: t.ras + late,
-        N_RC: t.rc,
-        N_RTP: t.rtp,
-        N_WR_PRE: t.write_latency + t.burst + t.wr,
-        N_CCD_S: max(t.ccd_s, t.burst),
-        N_CCD_L: t.ccd_l,
-        N_RD_WR: max(1, t.read_latency + t.burst + t.read_to_write_gap - t.write_latency),
-        N_WR_RD_S: t.write_latency + t.burst + t.wtr_s,
-        N_WR_RD_L: t.write_latency + t.burst + t.wtr_l,
-        N_RRD_S: t.rrd_s,
-        N_RRD_L: t.rrd_l,
-        N_FAW: t.faw,
-        N_ACT: t.activate_command,
-        N_BURST: t.burst,
-        N_REFI: config.refresh_clocks.interval,
-        N_RFC: config.refresh_clocks.all_banks,
-        N_RCD: t.rcd_read + late,
-        N_RCD_WRITE: t.rcd_write + late,
+        "channels": config.channels,
+        "channel_shift": (config.banks * config.pseudo_channels).bit_length() - 1,
+        "pseudo": config.pseudo_channels,
+        "banks": config.banks,
+        # A side's bank group is the side shifted by this.
+        "side_shift": config.banks_per_group.bit_length(),
+        "atom_shift": config.atom_bytes.bit_length() - 1,
+        "shared_bus": int(config.command_bus == "shared"),
+        "reads": q.read_entries,
+        "writes": q.write_entries,
+        "high": max(1, int(q.write_high_fraction * q.write_entries)),
+        "low": int(q.write_low_fraction * q.write_entries),
+        "outstanding": q.outstanding_reads,
+        "ring": ring,
+        "read_latency": t.read_latency + t.burst + q.response_clocks,
+        "rp": t.rp,
+        "ras": t.ras + late,
+        "rc": t.rc,
+        "rtp": t.rtp,
+        "wr_pre": t.write_latency + t.burst + t.wr,
+        "ccd_s": max(t.ccd_s, t.burst),
+        "ccd_l": t.ccd_l,
+        "rd_wr": max(1, t.read_latency + t.burst + t.read_to_write_gap - t.write_latency),
+        "wr_rd_s": t.write_latency + t.burst + t.wtr_s,
+        "wr_rd_l": t.write_latency + t.burst + t.wtr_l,
+        "rrd_s": t.rrd_s,
+        "rrd_l": t.rrd_l,
+        "faw": t.faw,
+        "act": t.activate_command,
+        "burst": t.burst,
+        "refi": config.refresh_clocks.interval,
+        "rfc": config.refresh_clocks.all_banks,
+        "rcd_read": t.rcd_read + late,
+        "rcd_write": t.rcd_write + late,
     }
-    return np.array([numbers[place] for place in range(len(numbers))], np.int64)
+    found = np.zeros(1, CONSTANTS)
+    for name, number in numbers.items():
+        found[name] = number
+    return found
 
 
 def _tables(config: MemoryConfig) -> np.ndarray:
-    """(3, 2^TABLE_BITS): bank of the memory and row, of each third of an atom's number."""
+    """(3 × 2^TABLE_BITS): bank of the memory and row, of each third of an atom's number."""
     bits = config.field_bits
     index = np.arange(1 << TABLE_BITS, dtype=np.int64)
     tables = np.zeros((3, len(index)), np.int64)
@@ -187,4 +177,4 @@ def _tables(config: MemoryConfig) -> np.ndarray:
         for field in ("pseudo_channel", "bank_group", "bank"):
             bank = (bank << bits[field]) | f[field]
         tables[i] = (f["row"] << BANK_BITS) | bank
-    return tables
+    return tables.ravel()
