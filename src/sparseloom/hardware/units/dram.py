@@ -22,6 +22,8 @@ is served from the array, in whichever order the queues give), ECC.
 
 from __future__ import annotations
 
+import numpy as np
+
 from sparseloom.hardware.engine.compiled import inlined
 from sparseloom.hardware.units.dram_queue import (
     can_accept,
@@ -40,6 +42,7 @@ from sparseloom.hardware.units.dram_state import (
     ACTIVATES,
     BUSY,
     CLOSING,
+    END,
     HITS,
     LOGGED,
     NEVER,
@@ -160,11 +163,13 @@ def _step_channel(d: Dram, i: int, now: int) -> None:
 def _pick_column(d: Dram, p: int, mode: int, now: int) -> int:
     """The side of a pseudo-channel with the best column command that is legal, or −1."""
     n, x = d.constants[0], d.pseudo[p]
+    shift = n.side_shift & 63
     best = NEVER
     chosen = -1
     later = NEVER
+    found = 0
     for k in range(2):
-        at = (3 * (2 * p + k) + HITS) * 4 * n.banks
+        at = (3 * (2 * p + k) + HITS) * (2 * n.banks + 2)
         used = d.lists[at]
         lane = d.lanes[2 * p + k]
         # Of the kind that is not served now, and before a refresh, only what has opened a row.
@@ -174,18 +179,21 @@ def _pick_column(d: Dram, p: int, mode: int, now: int) -> int:
         if lane.bus > now:
             later = min(later, lane.bus)
             continue
-        for j in range(at + 1, at + 1 + used):
-            s = d.lists[j]
+        j = at + 1 + used
+        s = d.lists[j]
+        while s != END:
             side = d.sides[s]
             order = side.hit_order
-            if order >= limit:
-                continue
-            ready = max(side.column, d.groups[4 * (s >> n.side_shift) + k])
-            if ready > now:
-                later = min(later, ready)
-            elif order < best:
-                best, chosen = order, s
-    x.next_column = now if chosen >= 0 else later
+            ready = max(side.column, d.groups[4 * (s >> shift) + k])
+            wait = ready if order < limit else NEVER
+            found += 1 if wait <= now else 0
+            later = min(later, wait if wait > now else NEVER)
+            chosen = s if wait <= now and order < best else chosen
+            best = order if wait <= now and order < best else best
+            j -= 1
+            s = d.lists[j]
+    x.next_column = now if found else later
+    x.after_column = now if found > 1 else later
     return chosen
 
 
@@ -240,7 +248,7 @@ def _issue_column(d: Dram, i: int, s: int, now: int) -> None:
     else:
         unlist(d, 2 * p + k, HITS, s)
     take_out(d, i, s, request)
-    x.next_column = min(lane.bus, other.bus)
+    x.next_column = max(now if follow >= 0 else x.after_column, min(lane.bus, other.bus))
     if c.writes > 0 or c.mode == 1:
         choose_kind(d, i, now + 1)
 
@@ -249,37 +257,41 @@ def _issue_column(d: Dram, i: int, s: int, now: int) -> None:
 def _pick_row(d: Dram, p: int, mode: int, now: int) -> int:
     """The side of a pseudo-channel with the best ACT or PRE that is legal, or −1."""
     n, x = d.constants[0], d.pseudo[p]
+    shift = n.side_shift & 63
     best = NEVER
     chosen = -1
+    later = NEVER
+    found = 0
     if x.next_close <= now:
-        at = (3 * (2 * p + mode) + CLOSING) * 4 * n.banks
-        later = NEVER
-        found = 0
-        for j in range(at + 1, at + 1 + d.lists[at]):
-            s = d.lists[j]
+        at = (3 * (2 * p + mode) + CLOSING) * (2 * n.banks + 2)
+        j = at + 1 + d.lists[at]
+        s = d.lists[j]
+        while s != END:
             ready = d.banks[s >> 1].close
-            if ready > now:
-                later = min(later, ready)
-                continue
-            found += 1
-            if d.sides[s].miss_order < best:
-                best, chosen = d.sides[s].miss_order, s
+            order = d.sides[s].miss_order
+            found += 1 if ready <= now else 0
+            later = min(later, ready if ready > now else NEVER)
+            chosen = s if ready <= now and order < best else chosen
+            best = order if ready <= now and order < best else best
+            j -= 1
+            s = d.lists[j]
         x.next_close = now if found else later
         x.after_close = now + 1 if found > 1 else later
     if x.next_open <= now:
         later = max(x.open, x.opened_4 + n.faw)
         if later <= now:
-            at = (3 * (2 * p + mode) + OPENING) * 4 * n.banks
+            at = (3 * (2 * p + mode) + OPENING) * (2 * n.banks + 2)
             later = NEVER
-            for j in range(at + 1, at + 1 + d.lists[at]):
+            j = at + 1 + d.lists[at]
+            s = d.lists[j]
+            while s != END:
+                ready = max(d.banks[s >> 1].open, d.groups[4 * (s >> shift) + 2])
+                order = d.sides[s].miss_order
+                later = min(later, max(ready, now))
+                chosen = s if ready <= now and order < best else chosen
+                best = order if ready <= now and order < best else best
+                j -= 1
                 s = d.lists[j]
-                ready = max(d.banks[s >> 1].open, d.groups[4 * (s >> n.side_shift) + 2])
-                if ready > now:
-                    later = min(later, ready)
-                    continue
-                later = now
-                if d.sides[s].miss_order < best:
-                    best, chosen = d.sides[s].miss_order, s
         x.next_open = later
     x.next_row = min(min(x.next_close, x.next_open), x.refresh)
     return chosen

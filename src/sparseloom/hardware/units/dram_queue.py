@@ -163,25 +163,25 @@ def choose_kind(d: Dram, channel: int, now: int) -> None:
 @inlined
 def enlist(d: Dram, lane: int, which: int, side: int) -> None:
     """Put a side in a list of its lane."""
-    n = d.constants[0]
-    at = (3 * lane + which) * 4 * n.banks
+    banks = d.constants[0].banks
+    at = (3 * lane + which) * (2 * banks + 2)
     used = d.lists[at] + 1
     d.lists[at] = used
-    d.lists[at + used] = side
-    d.lists[at + 2 * n.banks + ((side >> 1) & (n.banks - 1))] = used
+    d.lists[at + 1 + used] = side
+    d.lists[at + 2 + banks + ((side >> 1) & (banks - 1))] = used
 
 
 @inlined
 def unlist(d: Dram, lane: int, which: int, side: int) -> None:
     """Take a side from a list: the last one takes its place."""
-    n = d.constants[0]
-    at = (3 * lane + which) * 4 * n.banks
+    banks = d.constants[0].banks
+    at = (3 * lane + which) * (2 * banks + 2)
     used = d.lists[at]
     d.lists[at] = used - 1
-    moved = d.lists[at + used]
-    place = d.lists[at + 2 * n.banks + ((side >> 1) & (n.banks - 1))]
-    d.lists[at + place] = moved
-    d.lists[at + 2 * n.banks + ((moved >> 1) & (n.banks - 1))] = place
+    moved = d.lists[at + 1 + used]
+    place = d.lists[at + 2 + banks + ((side >> 1) & (banks - 1))]
+    d.lists[at + 1 + place] = moved
+    d.lists[at + 2 + banks + ((moved >> 1) & (banks - 1))] = place
 
 
 @inlined

@@ -28,6 +28,10 @@ ACCEPTED, TAKEN, NEXT_EVENT, LOGGED = range(7, 11)
 HITS, CLOSING, OPENING = range(3)
 """Lists of a lane: banks with a request to the open row, to another row, to a closed bank."""
 
+END = (1 << 32) - 1
+"""What stands before the sides in a list. They are read from the last one to it: the compiler
+makes vector code of a loop that counts, which is slow for lists as short as these."""
+
 
 def _record(*, wide: str, narrow: str = "") -> np.dtype[np.void]:
     fields = [(name, np.int64) for name in wide.split()]
@@ -42,8 +46,8 @@ BANK = _record(wide="close open", narrow="row opener pseudo unused")
 # hit_order is below 0 for the one that has opened the row.
 SIDE = _record(wide="column hit_order miss_order", narrow="hit miss head tail")
 PSEUDO = _record(
-    wide="refresh next_column next_row next_close next_open after_close open "
-    "opened_1 opened_2 opened_3 opened_4 opened"
+    wide="refresh next_column next_row next_close next_open after_column after_close "
+    "open opened_1 opened_2 opened_3 opened_4 opened"
 )
 LANE = _record(wide="bus openers")
 CHANNEL = _record(wide="wake row_bus taken filled mode free outstanding reads writes")
@@ -67,7 +71,7 @@ class Dram(NamedTuple):
     groups: np.ndarray  # (4 × bank groups of the memory): clocks for a read, a write, an ACT
     pseudo: np.ndarray  # (pseudo-channels of the memory) PSEUDO
     lanes: np.ndarray  # (2 × pseudo-channels of the memory) LANE
-    lists: np.ndarray  # (3 × lanes × 4 banks): length, sides in no order, places of the banks
+    lists: np.ndarray  # (3 × lanes × (2 + 2 × banks)): length, END, sides, places of the sides
     channels: np.ndarray  # (channels) CHANNEL
     ring: np.ndarray  # (channels × ring) RESPONSE: data on its way or not taken
     counters: np.ndarray  # (11)
@@ -97,7 +101,7 @@ def make_dram(config: MemoryConfig, *, log: int = 0) -> Dram:
         groups=np.zeros(4 * p * config.bank_groups, np.int64),
         pseudo=np.zeros(p, PSEUDO),
         lanes=np.zeros(2 * p, LANE),
-        lists=np.zeros(3 * 2 * p * 4 * banks, np.int64),
+        lists=np.zeros(3 * 2 * p * (2 * banks + 2), np.uint32),
         channels=np.zeros(channels, CHANNEL),
         ring=np.zeros(channels * ring, RESPONSE),
         counters=np.zeros(11, np.int64),
@@ -117,6 +121,7 @@ def make_dram(config: MemoryConfig, *, log: int = 0) -> Dram:
     state.pseudo["refresh"] = first
     state.pseudo["next_row"] = first
     state.channels["wake"] = first
+    state.lists[1 :: 2 * banks + 2] = END
     state.counters[NEXT_EVENT] = first
     return state
 
