@@ -30,24 +30,27 @@ from sparseloom.hardware.units.dram_queue import (
     channel_of,
     choose_kind,
     close_bank,
-    enlist,
     in_flight,
     opened_bank,
     pop,
     push,
     take_out,
-    unlist,
 )
 from sparseloom.hardware.units.dram_state import (
+    ACT_FROM,
     ACTIVATES,
+    BOARD_ROWS,
     BUSY,
-    CLOSING,
-    END,
-    HITS,
+    CLOSE,
+    COLUMN,
+    HIT,
+    KEY_BITS,
+    KIND,
     LOGGED,
+    MISS,
     NEVER,
     NEXT_EVENT,
-    OPENING,
+    OPEN,
     PRECHARGES,
     READS,
     REFRESHES,
@@ -96,7 +99,7 @@ def _note(d: Dram, now: int, command: int, p: int, bank: int, row: int) -> None:
         entry.clock = now
         entry.command = command
         entry.pseudo = p
-        entry.bank = bank & (d.constants[0].banks - 1) if bank >= 0 else -1
+        entry.bank = bank
         entry.row = row
     d.counters[LOGGED] = used + 1
 
@@ -127,16 +130,16 @@ def _step_channel(d: Dram, i: int, now: int) -> None:
     start = i * n.pseudo
     end = start + n.pseudo
     bus_free = c.row_bus <= now
-    chosen = -1
+    chosen, kind = -1, 0
     if bus_free or n.shared_bus == 0:
         best = NEVER
         for p in range(start, end):
             if d.pseudo[p].next_column <= now:
-                s = _pick_column(d, p, c.mode, now)
-                if s >= 0 and d.sides[s].hit_order < best:
-                    best, chosen = d.sides[s].hit_order, s
+                key, k = _pick_column(d, p, c.mode, now)
+                if key < best:
+                    best, chosen, kind = key, p, k
         if chosen >= 0:
-            _issue_column(d, i, chosen, now)
+            _issue_column(d, i, chosen, best, kind, now)
     if bus_free and (chosen < 0 or n.shared_bus == 0):
         best = NEVER
         chosen = -1
@@ -148,11 +151,11 @@ def _step_channel(d: Dram, i: int, now: int) -> None:
                     chosen = -1
                     break
                 continue
-            s = _pick_row(d, p, c.mode, now)
-            if s >= 0 and d.sides[s].miss_order < best:
-                best, chosen = d.sides[s].miss_order, s
+            key = _pick_row(d, p, c.mode, now)
+            if key < best:
+                best, chosen = key, p
         if chosen >= 0:
-            _issue_row(d, i, chosen, now)
+            _issue_row(d, i, chosen, best, now)
     wake = NEVER
     for p in range(start, end):
         wake = min(wake, min(d.pseudo[p].next_column, max(d.pseudo[p].next_row, c.row_bus)))
@@ -160,54 +163,57 @@ def _step_channel(d: Dram, i: int, now: int) -> None:
 
 
 @inlined
-def _pick_column(d: Dram, p: int, mode: int, now: int) -> int:
-    """The side of a pseudo-channel with the best column command that is legal, or −1."""
+def _pick_column(d: Dram, p: int, mode: int, now: int) -> tuple[int, int]:
+    """Key and kind of the best column command of a pseudo-channel that is legal, or NEVER."""
     n, x = d.constants[0], d.pseudo[p]
-    shift = n.side_shift & 63
     best = NEVER
-    chosen = -1
+    kind = 0
     later = NEVER
     found = 0
     for k in range(2):
-        at = (3 * (2 * p + k) + HITS) * (2 * n.banks + 2)
-        used = d.lists[at]
         lane = d.lanes[2 * p + k]
         # Of the kind that is not served now, and before a refresh, only what has opened a row.
         limit = 0 if k != mode or x.refresh <= now else NEVER
-        if used == 0 or (limit == 0 and lane.openers == 0):
+        if limit == 0 and lane.openers == 0:
             continue
         if lane.bus > now:
             later = min(later, lane.bus)
             continue
-        j = at + 1 + used
-        s = d.lists[j]
-        while s != END:
-            side = d.sides[s]
-            order = side.hit_order
-            ready = max(side.column, d.groups[4 * (s >> shift) + k])
-            wait = ready if order < limit else NEVER
-            found += 1 if wait <= now else 0
-            later = min(later, wait if wait > now else NEVER)
-            chosen = s if wait <= now and order < best else chosen
-            best = order if wait <= now and order < best else best
-            j -= 1
-            s = d.lists[j]
-    x.next_column = now if found else later
+        columns = np.uint64((p * BOARD_ROWS + COLUMN + KIND * k) * n.banks)
+        keys = np.uint64((p * BOARD_ROWS + HIT + KIND * k) * n.banks)
+        before = best
+        for b in range(np.uint64(n.banks)):
+            key = d.board[keys + b]
+            ready = d.board[columns + b] if key < limit else NEVER
+            legal = ready <= now
+            found += legal
+            best = min(best, key if legal else NEVER)
+            later = min(later, NEVER if legal else ready)
+        kind = k if best < before else kind
+    x.next_column = now if found > 0 else later
     x.after_column = now if found > 1 else later
-    return chosen
+    return best, kind
 
 
 @inlined
-def _issue_column(d: Dram, i: int, s: int, now: int) -> None:
-    n, c, side, bank = d.constants[0], d.channels[i], d.sides[s], d.banks[s >> 1]
-    k = s & 1
-    p = bank.pseudo
-    x, lane, other = d.pseudo[p], d.lanes[2 * p + k], d.lanes[2 * p + 1 - k]
-    g = 4 * (s >> n.side_shift)
+def _issue_column(d: Dram, i: int, p: int, key: int, k: int, now: int) -> None:
+    n, c, x, board = d.constants[0], d.channels[i], d.pseudo[p], d.board
+    local = key & ((1 << KEY_BITS) - 1)
+    b = p * n.banks + local
+    side, bank, lane, other = (
+        d.sides[2 * b + k],
+        d.banks[b],
+        d.lanes[2 * p + k],
+        d.lanes[2 * p + 1 - k],
+    )
     request = side.hit
     slot = d.slots[request]
     lane.bus = max(lane.bus, now + n.ccd_s)
-    d.groups[g + k] = max(d.groups[g + k], now + n.ccd_l)
+    at = p * BOARD_ROWS * n.banks
+    first = at + (local & -n.group_banks)
+    own = first + (COLUMN + KIND * k) * n.banks
+    for j in range(own, own + n.group_banks):
+        board[j] = max(board[j], now + n.ccd_l)
     if k == 0:
         other.bus = max(other.bus, now + n.rd_wr)
         bank.close = max(bank.close, now + n.rtp)
@@ -219,35 +225,36 @@ def _issue_column(d: Dram, i: int, s: int, now: int) -> None:
         d.counters[READS] += 1
     else:
         other.bus = max(other.bus, now + n.wr_rd_s)
-        d.groups[g] = max(d.groups[g], now + n.wr_rd_l)
         bank.close = max(bank.close, now + n.wr_pre)
+        reads = first + COLUMN * n.banks
+        for j in range(reads, reads + n.group_banks):
+            board[j] = max(board[j], now + n.wr_rd_l)
         d.counters[WRITES] += 1
     d.counters[BUSY] += n.burst
-    _note(d, now, WR if k else RD, p, s >> 1, bank.row)
-    if side.hit_order < 0:
+    _note(d, now, WR if k else RD, p, local, bank.row)
+    if key < 0:
         bank.opener = 0
         lane.openers -= 1
-        for kind in range(2):
-            if d.sides[(s & -2) + kind].miss >= 0:
-                enlist(d, 2 * p + kind, CLOSING, (s & -2) + kind)
-                x.next_close = min(x.next_close, max(now + 1, bank.close))
-        x.next_row = min(x.next_row, max(now + 1, min(x.next_close, x.refresh)))
+        if side.miss >= 0 or d.sides[2 * b + 1 - k].miss >= 0:
+            x.next_row = min(x.next_row, max(now + 1, bank.close))
+        if x.refresh <= now:
+            x.next_row = now + 1
     else:
         d.counters[ROW_HITS] += 1
         if k == 0:
             c.reads -= 1
         else:
             c.writes -= 1
+    if bank.opener == 0:
+        board[at + CLOSE * n.banks + local] = bank.close
     # The next one to the same row, if there is one.
     follow = slot.next
     while follow >= 0 and d.slots[follow].row != bank.row:
         follow = d.slots[follow].next
     side.hit = follow
-    if follow >= 0:
-        side.hit_order = d.slots[follow].order
-    else:
-        unlist(d, 2 * p + k, HITS, s)
-    take_out(d, i, s, request)
+    next_key = (d.slots[follow].order << KEY_BITS) | local if follow >= 0 else NEVER
+    board[at + (HIT + KIND * k) * n.banks + local] = next_key
+    take_out(d, i, 2 * b + k, request)
     x.next_column = max(now if follow >= 0 else x.after_column, min(lane.bus, other.bus))
     if c.writes > 0 or c.mode == 1:
         choose_kind(d, i, now + 1)
@@ -255,126 +262,108 @@ def _issue_column(d: Dram, i: int, s: int, now: int) -> None:
 
 @inlined
 def _pick_row(d: Dram, p: int, mode: int, now: int) -> int:
-    """The side of a pseudo-channel with the best ACT or PRE that is legal, or −1."""
+    """Key of the best ACT or PRE of a pseudo-channel that is legal, or NEVER."""
     n, x = d.constants[0], d.pseudo[p]
-    shift = n.side_shift & 63
     best = NEVER
-    chosen = -1
     later = NEVER
     found = 0
-    if x.next_close <= now:
-        at = (3 * (2 * p + mode) + CLOSING) * (2 * n.banks + 2)
-        j = at + 1 + d.lists[at]
-        s = d.lists[j]
-        while s != END:
-            ready = d.banks[s >> 1].close
-            order = d.sides[s].miss_order
-            found += 1 if ready <= now else 0
-            later = min(later, ready if ready > now else NEVER)
-            chosen = s if ready <= now and order < best else chosen
-            best = order if ready <= now and order < best else best
-            j -= 1
-            s = d.lists[j]
-        x.next_close = now if found else later
-        x.after_close = now + 1 if found > 1 else later
-    if x.next_open <= now:
-        later = max(x.open, x.opened_4 + n.faw)
-        if later <= now:
-            at = (3 * (2 * p + mode) + OPENING) * (2 * n.banks + 2)
-            later = NEVER
-            j = at + 1 + d.lists[at]
-            s = d.lists[j]
-            while s != END:
-                ready = max(d.banks[s >> 1].open, d.groups[4 * (s >> shift) + 2])
-                order = d.sides[s].miss_order
-                later = min(later, max(ready, now))
-                chosen = s if ready <= now and order < best else chosen
-                best = order if ready <= now and order < best else best
-                j -= 1
-                s = d.lists[j]
-        x.next_open = later
-    x.next_row = min(min(x.next_close, x.next_open), x.refresh)
-    return chosen
+    gate = max(x.open, x.opened_4 + n.faw)
+    opens = np.uint64((p * BOARD_ROWS + OPEN) * n.banks)
+    closes = np.uint64((p * BOARD_ROWS + CLOSE) * n.banks)
+    keys = np.uint64((p * BOARD_ROWS + MISS + KIND * mode) * n.banks)
+    for b in range(np.uint64(n.banks)):
+        key = d.board[keys + b]
+        ready = min(max(d.board[opens + b], gate), d.board[closes + b]) if key < NEVER else NEVER
+        legal = ready <= now
+        found += legal
+        best = min(best, key if legal else NEVER)
+        later = min(later, NEVER if legal else ready)
+    later = min(later, x.refresh)
+    x.next_row = now if found > 0 else later
+    x.after_row = now + 1 if found > 1 else later
+    return best
 
 
 @inlined
-def _issue_row(d: Dram, i: int, s: int, now: int) -> None:
-    n, c, side, bank = d.constants[0], d.channels[i], d.sides[s], d.banks[s >> 1]
-    k = s & 1
-    p = bank.pseudo
-    x, lane = d.pseudo[p], d.lanes[2 * p + k]
+def _issue_row(d: Dram, i: int, p: int, key: int, now: int) -> None:
+    n, c, x, board = d.constants[0], d.channels[i], d.pseudo[p], d.board
+    k = c.mode
+    local = key & ((1 << KEY_BITS) - 1)
+    b = p * n.banks + local
+    bank, side, lane = d.banks[b], d.sides[2 * b + k], d.lanes[2 * p + k]
+    at = p * BOARD_ROWS * n.banks + local
+    x.next_row = x.after_row
     if bank.row >= 0:
-        close_bank(d, s >> 1)
-        bank.open = max(bank.open, now + n.rp)
+        close_bank(d, b, now)
         c.row_bus = now + 1
         d.counters[PRECHARGES] += 1
-        _note(d, now, PRE, p, s >> 1, -1)
-        x.next_close = x.after_close
-        x.next_open = min(x.next_open, bank.open)
+        _note(d, now, PRE, p, local, -1)
+        x.next_row = min(x.next_row, board[at])
+        return
+    opened_bank(d, b, d.slots[side.miss].row)
+    # Who has opened a row leaves the queue and goes before all others.
+    board[at + (HIT + KIND * k) * n.banks] -= NEVER
+    if k == 0:
+        c.reads -= 1
     else:
-        slot = d.slots[side.miss]
-        if k == 0:
-            c.reads -= 1
-        else:
-            c.writes -= 1
-        opened_bank(d, s >> 1, slot.row)
-        # Who has opened a row goes before all others.
-        side.hit_order -= NEVER
-        bank.opener = 1
-        lane.openers += 1
-        x.opened += 1
-        d.sides[s & -2].column = now + n.rcd_read
-        d.sides[s | 1].column = now + n.rcd_write
-        bank.close = now + n.ras
-        bank.open = now + n.rc
-        d.groups[4 * (s >> n.side_shift) + 2] = now + n.rrd_l
-        x.open = now + n.rrd_s
-        x.opened_4, x.opened_3, x.opened_2, x.opened_1 = x.opened_3, x.opened_2, x.opened_1, now
-        c.row_bus = now + n.act
-        d.counters[ACTIVATES] += 1
-        _note(d, now, ACT, p, s >> 1, bank.row)
-        x.next_column = min(x.next_column, now + min(n.rcd_read, n.rcd_write))
-        x.next_open = now + 1
-        if c.writes > 0 or c.mode == 1:
-            choose_kind(d, i, now + 1)
-    x.next_row = min(min(x.next_close, x.next_open), x.refresh)
+        c.writes -= 1
+    bank.opener = 1
+    lane.openers += 1
+    x.opened += 1
+    bank.close = now + n.ras
+    first = at - local + (local & -n.group_banks)
+    for j in range(first, first + n.group_banks):
+        legal = max(board[j + ACT_FROM * n.banks], now + n.rrd_l)
+        board[j + ACT_FROM * n.banks] = legal
+        if board[j] < NEVER:
+            board[j] = legal
+    board[at] = NEVER
+    board[at + ACT_FROM * n.banks] = now + n.rc
+    reads, writes = at + COLUMN * n.banks, at + (COLUMN + KIND) * n.banks
+    board[reads] = max(board[reads], now + n.rcd_read)
+    board[writes] = max(board[writes], now + n.rcd_write)
+    x.open = now + n.rrd_s
+    x.opened_4, x.opened_3, x.opened_2, x.opened_1 = x.opened_3, x.opened_2, x.opened_1, now
+    c.row_bus = now + n.act
+    d.counters[ACTIVATES] += 1
+    _note(d, now, ACT, p, local, bank.row)
+    x.next_column = min(x.next_column, now + min(n.rcd_read, n.rcd_write))
+    if c.writes > 0 or c.mode == 1:
+        choose_kind(d, i, now + 1)
 
 
 @inlined
 def _refreshed(d: Dram, i: int, p: int, now: int) -> bool:
     """A refresh is due: close all banks, then refresh. Whether a command was issued."""
-    n, c, x = d.constants[0], d.channels[i], d.pseudo[p]
+    n, c, x, board = d.constants[0], d.channels[i], d.pseudo[p], d.board
     if d.lanes[2 * p].openers + d.lanes[2 * p + 1].openers > 0:
         x.next_row = NEVER  # the column command of the last opener looks again
         return False
     closing = x.opened > 0
+    at = p * BOARD_ROWS * n.banks
     ready = now
-    for b in range(p * n.banks, (p + 1) * n.banks):
-        bank = d.banks[b]
-        if closing:
-            ready = max(ready, bank.close if bank.row >= 0 else now)
-        else:
-            ready = max(ready, bank.open)
+    for b in range(n.banks):
+        close = board[at + CLOSE * n.banks + b]
+        if not closing:
+            ready = max(ready, board[at + ACT_FROM * n.banks + b])
+        elif close < NEVER:
+            ready = max(ready, close)
     x.next_row = ready
     if ready > now:
         return False
-    for b in range(p * n.banks, (p + 1) * n.banks):
-        bank = d.banks[b]
-        if not closing:
-            bank.open = now + n.rfc
-            continue
-        if bank.row >= 0:
-            close_bank(d, b)
+    for b in range(n.banks):
+        if closing and d.banks[p * n.banks + b].row >= 0:
+            close_bank(d, p * n.banks + b, now)
             d.counters[PRECHARGES] += 1
-        bank.open = max(bank.open, now + n.rp)
+        after = now + n.rp if closing else now + n.rfc
+        legal = max(board[at + ACT_FROM * n.banks + b], after)
+        board[at + ACT_FROM * n.banks + b] = legal
+        board[at + b] = legal
     c.row_bus = now + 1
-    x.next_close = NEVER
-    if closing:
-        x.next_row = now + n.rp
-    else:
+    x.next_row = now + n.rp
+    if not closing:
         x.refresh += n.refi
         d.counters[REFRESHES] += 1
-        x.next_open = now + n.rfc
-        x.next_row = min(x.next_open, x.refresh)
+        x.next_row = min(now + n.rfc, x.refresh)
     _note(d, now, PREA if closing else REF, p, -1, -1)
     return True

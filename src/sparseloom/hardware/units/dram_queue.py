@@ -1,9 +1,8 @@
 """The queues of a memory's controllers: requests in, responses out, what waits at which bank.
 
-Requests of one bank and kind form a chain in the order of arrival. A bank with a request to its
-open row stands in the list HITS of its lane, one with a request to another row in CLOSING (once the
-request that opened the row is served), one with requests and no open row in OPENING: the
-scheduler looks at banks that a command could help, and not at requests.
+Requests of one bank and kind form a chain in the order of arrival. The board of a pseudo-channel
+has the oldest one to the open row and the oldest to another row of each bank, so that the
+scheduler looks at banks and not at requests.
 """
 
 from __future__ import annotations
@@ -12,12 +11,17 @@ from sparseloom.hardware.engine.compiled import inlined
 from sparseloom.hardware.units.address_mapping import TABLE_BITS
 from sparseloom.hardware.units.dram_state import (
     ACCEPTED,
+    ACT_FROM,
     BANK_BITS,
-    CLOSING,
-    HITS,
+    BOARD_ROWS,
+    CLOSE,
+    COLUMN,
+    HIT,
+    KEY_BITS,
+    KIND,
+    MISS,
     NEVER,
     NEXT_EVENT,
-    OPENING,
     TAKEN,
     WRITES,
     Dram,
@@ -29,7 +33,7 @@ _BANK = (1 << BANK_BITS) - 1
 
 @inlined
 def _decoded(d: Dram, address: int) -> int:
-    atom = address >> d.constants[0].atom_shift
+    atom: int = address >> d.constants[0].atom_shift
     first = d.tables[atom & _MASK] ^ d.tables[((atom >> TABLE_BITS) & _MASK) + (_MASK + 1)]
     return first ^ d.tables[((atom >> (2 * TABLE_BITS)) & _MASK) + 2 * (_MASK + 1)]
 
@@ -65,9 +69,8 @@ def push(d: Dram, channel: int, address: int, is_write: bool, tag: int, now: int
     b = found & _BANK
     row = found >> BANK_BITS
     k = 1 if is_write else 0
-    c, bank, side = d.channels[channel], d.banks[b], d.sides[2 * b + k]
+    n, c, bank, side = d.constants[0], d.channels[channel], d.banks[b], d.sides[2 * b + k]
     p = d.pseudo[bank.pseudo]
-    lane = 2 * bank.pseudo + k
     s = c.free
     slot = d.slots[s]
     c.free = slot.next
@@ -90,26 +93,19 @@ def push(d: Dram, channel: int, address: int, is_write: bool, tag: int, now: int
         c.reads += 1
         c.outstanding += 1
     wake = NEVER
+    local = b & (n.banks - 1)
+    at = bank.pseudo * BOARD_ROWS * n.banks + local
     if bank.row == row:
         if side.hit < 0:
             side.hit = s
-            side.hit_order = order
-            enlist(d, lane, HITS, 2 * b + k)
-            wake = max(now, side.column)
+            d.board[at + (HIT + KIND * k) * n.banks] = (order << KEY_BITS) | local
+            wake = max(now, d.board[at + (COLUMN + KIND * k) * n.banks])
             p.next_column = min(p.next_column, wake)
     elif side.miss < 0:
         side.miss = s
-        side.miss_order = order
-        if bank.row < 0:
-            enlist(d, lane, OPENING, 2 * b + k)
-            wake = max(now, bank.open)
-            p.next_open = min(p.next_open, wake)
-            p.next_row = min(p.next_row, wake)
-        elif bank.opener == 0:
-            enlist(d, lane, CLOSING, 2 * b + k)
-            wake = max(now, bank.close)
-            p.next_close = min(p.next_close, wake)
-            p.next_row = min(p.next_row, wake)
+        d.board[at + (MISS + KIND * k) * n.banks] = (order << KEY_BITS) | local
+        wake = max(now, min(d.board[at], d.board[at + CLOSE * n.banks]))
+        p.next_row = min(p.next_row, wake)
     if c.writes > 0:
         choose_kind(d, channel, now)
     if wake < c.wake:
@@ -154,34 +150,8 @@ def choose_kind(d: Dram, channel: int, now: int) -> None:
             p = d.pseudo[i]
             p.next_column = now
             p.next_row = now
-            p.next_close = now
-            p.next_open = now
         c.wake = min(c.wake, now)
         d.counters[NEXT_EVENT] = min(d.counters[NEXT_EVENT], now)
-
-
-@inlined
-def enlist(d: Dram, lane: int, which: int, side: int) -> None:
-    """Put a side in a list of its lane."""
-    banks = d.constants[0].banks
-    at = (3 * lane + which) * (2 * banks + 2)
-    used = d.lists[at] + 1
-    d.lists[at] = used
-    d.lists[at + 1 + used] = side
-    d.lists[at + 2 + banks + ((side >> 1) & (banks - 1))] = used
-
-
-@inlined
-def unlist(d: Dram, lane: int, which: int, side: int) -> None:
-    """Take a side from a list: the last one takes its place."""
-    banks = d.constants[0].banks
-    at = (3 * lane + which) * (2 * banks + 2)
-    used = d.lists[at]
-    d.lists[at] = used - 1
-    moved = d.lists[at + 1 + used]
-    place = d.lists[at + 2 + banks + ((side >> 1) & (banks - 1))]
-    d.lists[at + 1 + place] = moved
-    d.lists[at + 2 + banks + ((moved >> 1) & (banks - 1))] = place
 
 
 @inlined
@@ -204,46 +174,46 @@ def take_out(d: Dram, channel: int, which: int, s: int) -> None:
 @inlined
 def opened_bank(d: Dram, b: int, row: int) -> None:
     """After an ACT: the oldest request to the new row and the oldest to another one, both kinds."""
-    bank = d.banks[b]
+    n, bank = d.constants[0], d.banks[b]
     bank.row = row
+    local = b & (n.banks - 1)
     for k in range(2):
         side = d.sides[2 * b + k]
-        if side.miss < 0:
-            continue
-        unlist(d, 2 * bank.pseudo + k, OPENING, 2 * b + k)
         hit, miss = -1, -1
+        hit_key, miss_key = NEVER, NEVER
         s = side.head
         while s >= 0 and (hit < 0 or miss < 0):
             slot = d.slots[s]
+            key = (slot.order << KEY_BITS) | local
             if slot.row == row:
                 if hit < 0:
-                    hit = s
-                    side.hit_order = slot.order
+                    hit, hit_key = s, key
             elif miss < 0:
-                miss = s
-                side.miss_order = slot.order
+                miss, miss_key = s, key
             s = slot.next
         side.hit = hit
         side.miss = miss
-        if hit >= 0:
-            enlist(d, 2 * bank.pseudo + k, HITS, 2 * b + k)
+        at = (bank.pseudo * BOARD_ROWS + KIND * k) * n.banks + local
+        d.board[at + HIT * n.banks] = hit_key
+        d.board[at + MISS * n.banks] = miss_key
 
 
 @inlined
-def close_bank(d: Dram, b: int) -> None:
+def close_bank(d: Dram, b: int, now: int) -> None:
     """After a PRE all requests of the bank wait for an ACT. No opener may wait."""
-    bank = d.banks[b]
+    n, bank = d.constants[0], d.banks[b]
     bank.row = -1
-    p = d.pseudo[bank.pseudo]
-    p.opened -= 1
+    d.pseudo[bank.pseudo].opened -= 1
+    local = b & (n.banks - 1)
+    at = bank.pseudo * BOARD_ROWS * n.banks + local
+    legal = max(d.board[at + ACT_FROM * n.banks], now + n.rp)
+    d.board[at + ACT_FROM * n.banks] = legal
+    d.board[at] = legal
+    d.board[at + CLOSE * n.banks] = NEVER
     for k in range(2):
         side = d.sides[2 * b + k]
-        if side.hit >= 0:
-            side.hit = -1
-            unlist(d, 2 * bank.pseudo + k, HITS, 2 * b + k)
-        if side.miss >= 0:
-            unlist(d, 2 * bank.pseudo + k, CLOSING, 2 * b + k)
+        side.hit = -1
         side.miss = side.head
-        if side.head >= 0:
-            side.miss_order = d.slots[side.head].order
-            enlist(d, 2 * bank.pseudo + k, OPENING, 2 * b + k)
+        key = (d.slots[side.head].order << KEY_BITS) | local if side.head >= 0 else NEVER
+        d.board[at + (HIT + KIND * k) * n.banks] = NEVER
+        d.board[at + (MISS + KIND * k) * n.banks] = key

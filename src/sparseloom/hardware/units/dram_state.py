@@ -6,7 +6,7 @@ compiles. What a scheduler looks at together lies together.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,12 +25,13 @@ READS, WRITES, ACTIVATES, PRECHARGES, ROW_HITS, REFRESHES, BUSY = range(7)
 ACCEPTED, TAKEN, NEXT_EVENT, LOGGED = range(7, 11)
 """Further places: requests so far, reads taken, first clock of any event, commands so far."""
 
-HITS, CLOSING, OPENING = range(3)
-"""Lists of a lane: banks with a request to the open row, to another row, to a closed bank."""
+OPEN, CLOSE, ACT_FROM, COLUMN, HIT, MISS = range(6)
+"""Rows of a pseudo-channel's board; COLUMN, HIT and MISS have a second one for writes at + KIND."""
 
-END = (1 << 32) - 1
-"""What stands before the sides in a list. They are read from the last one to it: the compiler
-makes vector code of a loop that counts, which is slow for lists as short as these."""
+KIND, BOARD_ROWS = 3, 9
+
+KEY_BITS = 8
+"""Of a key: the bank in its pseudo-channel; above, the order of arrival."""
 
 
 def _record(*, wide: str, narrow: str = "") -> np.dtype[np.void]:
@@ -42,40 +43,49 @@ def _record(*, wide: str, narrow: str = "") -> np.dtype[np.void]:
 # lane 2p + k, k = 0 for reads. A clock in a field is the first one in which what it names is legal.
 SLOT = _record(wide="order tag", narrow="row next previous unused")
 # opener: a request has opened the row and is not served yet.
-BANK = _record(wide="close open", narrow="row opener pseudo unused")
-# hit_order is below 0 for the one that has opened the row.
-SIDE = _record(wide="column hit_order miss_order", narrow="hit miss head tail")
+BANK = _record(wide="close", narrow="row opener pseudo unused")
+SIDE = _record(wide="", narrow="hit miss head tail")
 PSEUDO = _record(
-    wide="refresh next_column next_row next_close next_open after_column after_close "
-    "open opened_1 opened_2 opened_3 opened_4 opened"
+    wide="refresh next_column after_column next_row after_row open "
+    "opened_1 opened_2 opened_3 opened_4 opened"
 )
 LANE = _record(wide="bus openers")
 CHANNEL = _record(wide="wake row_bus taken filled mode free outstanding reads writes")
 RESPONSE = _record(wide="clock tag")
 COMMAND = _record(wide="clock command pseudo bank row")
 CONSTANTS = _record(
-    wide="channels channel_shift pseudo banks side_shift atom_shift shared_bus reads writes high low "
-    "outstanding ring read_latency rp ras rc rtp wr_pre ccd_s ccd_l rd_wr wr_rd_s wr_rd_l rrd_s "
-    "rrd_l faw act burst refi rfc rcd_read rcd_write"
+    wide="channels channel_shift pseudo banks group_banks atom_shift shared_bus reads writes high "
+    "low outstanding ring read_latency rp ras rc rtp wr_pre ccd_s ccd_l rd_wr wr_rd_s wr_rd_l "
+    "rrd_s rrd_l faw act burst refi rfc rcd_read rcd_write"
 )
 
 
-class Dram(NamedTuple):
-    """State of a memory; make one with `make_dram`. All arrays have one dimension."""
+Records = Any
+"""Arrays of records, whose fields a type checker does not know."""
 
-    constants: np.ndarray  # (1) CONSTANTS
+
+class Dram(NamedTuple):
+    """State of a memory; make one with `make_dram`. All arrays have one dimension.
+
+    What a scheduler looks through stands on the board, where the compiler can look at several
+    banks at once. OPEN: clock from which an ACT is legal, NEVER for an open bank; CLOSE: that of
+    a PRE, NEVER for a closed bank and one whose opener waits; ACT_FROM: as OPEN, for open banks
+    too; COLUMN: that of a read or write. HIT and MISS: key of the oldest request to the open row
+    and to another one, NEVER without; that of an opener is below 0.
+    """
+
+    constants: Records  # (1) CONSTANTS
     tables: np.ndarray  # (3 × 2^TABLE_BITS): a decoded address is the XOR of three look-ups
-    slots: np.ndarray  # (channels × slots) SLOT: requests; `next` also chains the free ones
-    banks: np.ndarray  # (banks of the memory) BANK
-    sides: np.ndarray  # (2 × banks of the memory) SIDE
-    groups: np.ndarray  # (4 × bank groups of the memory): clocks for a read, a write, an ACT
-    pseudo: np.ndarray  # (pseudo-channels of the memory) PSEUDO
-    lanes: np.ndarray  # (2 × pseudo-channels of the memory) LANE
-    lists: np.ndarray  # (3 × lanes × (2 + 2 × banks)): length, END, sides, places of the sides
-    channels: np.ndarray  # (channels) CHANNEL
-    ring: np.ndarray  # (channels × ring) RESPONSE: data on its way or not taken
+    slots: Records  # (channels × slots) SLOT: requests; `next` also chains the free ones
+    banks: Records  # (banks of the memory) BANK
+    sides: Records  # (2 × banks of the memory) SIDE
+    pseudo: Records  # (pseudo-channels of the memory) PSEUDO
+    lanes: Records  # (2 × pseudo-channels of the memory) LANE
+    board: np.ndarray  # (pseudo-channels × BOARD_ROWS × banks): see below
+    channels: Records  # (channels) CHANNEL
+    ring: Records  # (channels × ring) RESPONSE: data on its way or not taken
     counters: np.ndarray  # (11)
-    log: np.ndarray  # (capacity) COMMAND
+    log: Records  # (capacity) COMMAND
 
 
 def make_dram(config: MemoryConfig, *, log: int = 0) -> Dram:
@@ -98,10 +108,9 @@ def make_dram(config: MemoryConfig, *, log: int = 0) -> Dram:
         slots=np.zeros(channels * slots, SLOT),
         banks=np.zeros(p * banks, BANK),
         sides=np.zeros(2 * p * banks, SIDE),
-        groups=np.zeros(4 * p * config.bank_groups, np.int64),
         pseudo=np.zeros(p, PSEUDO),
         lanes=np.zeros(2 * p, LANE),
-        lists=np.zeros(3 * 2 * p * (2 * banks + 2), np.uint32),
+        board=np.zeros(p * BOARD_ROWS * banks, np.int64),
         channels=np.zeros(channels, CHANNEL),
         ring=np.zeros(channels * ring, RESPONSE),
         counters=np.zeros(11, np.int64),
@@ -116,12 +125,12 @@ def make_dram(config: MemoryConfig, *, log: int = 0) -> Dram:
         state.sides[field] = -1
     for i in range(1, 5):
         state.pseudo[f"opened_{i}"] = -NEVER
-    for field in ("next_column", "next_close", "next_open"):
-        state.pseudo[field] = NEVER
+    state.pseudo["next_column"] = NEVER
     state.pseudo["refresh"] = first
     state.pseudo["next_row"] = first
     state.channels["wake"] = first
-    state.lists[1 :: 2 * banks + 2] = END
+    board = state.board.reshape(p, BOARD_ROWS, banks)
+    board[:, [CLOSE, HIT, MISS, HIT + KIND, MISS + KIND]] = NEVER
     state.counters[NEXT_EVENT] = first
     return state
 
@@ -134,8 +143,7 @@ def _constants(config: MemoryConfig, ring: int) -> np.ndarray:
         "channel_shift": (config.banks * config.pseudo_channels).bit_length() - 1,
         "pseudo": config.pseudo_channels,
         "banks": config.banks,
-        # A side's bank group is the side shifted by this.
-        "side_shift": config.banks_per_group.bit_length(),
+        "group_banks": config.banks_per_group,
         "atom_shift": config.atom_bytes.bit_length() - 1,
         "shared_bus": int(config.command_bus == "shared"),
         "reads": q.read_entries,
