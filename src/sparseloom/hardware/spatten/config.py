@@ -26,15 +26,23 @@ class Buffer(Section):
 
 
 class Fetcher(Section):
-    """Addresses to atoms to lines: ports, crossbars and their FIFOs, and where cycles pass."""
+    """Addresses to atoms to lines: ports, crossbars and their FIFOs, and where cycles pass.
+
+    reorders: whether a port gives atoms back in the order in which it asked; the public RTL passes
+    on what comes first, right in time but not in value. init_cycles: before the first load is accepted. request_latency: from the allocation of lines
+    to the first read. align_latency: from a line's last atom to its SRAM. read_latency: from
+    there to the multipliers.
+    """
 
     ports: int = Field(ge=1)
     address_fifo_depth: int = Field(ge=1)
     data_fifo_depth: int = Field(ge=1, le=256)
+    reorders: bool
     loads_in_flight: int = Field(ge=1, le=32)
-    request_latency: int = Field(ge=0)
+    init_cycles: int = Field(ge=0)
+    request_latency: int = Field(ge=1)
     align_latency: int = Field(ge=0)
-    read_latency: int = Field(ge=0)
+    read_latency: int = Field(ge=1)
 
     @model_validator(mode="after")
     def _a_power_of_two(self) -> Fetcher:
@@ -68,7 +76,12 @@ class Softmax(Section):
 
 
 class TopK(Section):
-    """Both selection engines."""
+    """Both selection engines.
+
+    token_selection: when tokens are ranked, the next load waiting for it: `layer`, at the end of
+    a call after which fewer are kept; `head`, after every head of such a call; `row`, before every
+    load, all tokens of the context.
+    """
 
     engine: Literal["quick_select", "merge_sort"]
     lanes: int = Field(ge=1, le=512)
@@ -153,6 +166,11 @@ class SpAttenConfig(MachineConfig):
     def ranks_every_row(self) -> bool:
         """Whether tokens are ranked anew before every fetch."""
         return self.topk.token_selection == "row"  # noqa: S105 - tokens of text
+
+    @property
+    def ranks_every_head(self) -> bool:
+        """Whether tokens are ranked after every head of a call that ends with fewer."""
+        return self.topk.token_selection == "head"  # noqa: S105 - tokens of text
 
     def keys_per_cycle(self, head_dim: int) -> int:
         """Keys in a line, which is what the array takes in a cycle.

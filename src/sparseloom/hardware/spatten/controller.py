@@ -48,9 +48,9 @@ def step_token_topk(z: Sizes, s: State, loads: np.ndarray, log: Log, now: int) -
     load = fifo.pop(s.queues, st.TO_RANK)
     n, k = loads[load, L_RANK_FROM], loads[load, L_RANK_TO]
     cycles = 0
-    if z.merge_sort == 1:
+    if k > 0 and z.merge_sort == 1:
         cycles = s.sorting[n]
-    else:
+    elif k > 0:
         for i in range(n):
             s.scratch[i] = i
         _, _, cycles, rounds = select_from(s.scratch, n, k, z.topk_lanes, s.rng)
@@ -67,13 +67,14 @@ def step_loads(z: Sizes, s: State, loads: np.ndarray, now: int) -> None:
     """Start the next load once its tokens are known and there is room for it."""
     load = s.registers[st.R_NEXT_LOAD]
     s.registers[st.R_RANKING] = 0
-    if load == loads.shape[0] or load - s.registers[st.R_LOADS_DONE] >= z.loads_in_flight:
+    if load == loads.shape[0] or now < z.init_cycles or load - s.registers[st.R_LOADS_DONE] >= z.loads_in_flight:
         return
     after = loads[load, L_AFTER]
     if after >= 0 and s.loads[after, st.LOAD_RANKED] == 0:
         s.registers[st.R_RANKING] = 1
         return
-    if loads[load, L_DRAIN] == 1 and s.registers[st.R_LOADS_DONE] < load:
+    drain = loads[load, L_DRAIN] == 1
+    if drain and (s.registers[st.R_LOADS_DONE] < load or now < s.registers[st.R_END]):
         return
     lines = loads[load, L_LINES]
     if s.registers[st.R_KEY_LINES] + lines * loads[load, L_HEADS] > z.key_lines:
@@ -82,14 +83,15 @@ def step_loads(z: Sizes, s: State, loads: np.ndarray, now: int) -> None:
     if not generation and s.registers[st.R_VALUE_LINES] + lines > z.value_lines:
         return
     s.registers[st.R_KEY_LINES] += lines * loads[load, L_HEADS]
-    start = now + z.request_latency
+    # Accepted now, its lines allocated in the next cycle.
+    start = now + 1 + z.request_latency
     s.loads[load, st.LOAD_KEY_REQUEST] = request(
         s,
         st.KEYS,
         load,
         loads[load, L_KEYS_AT],
         loads[load, L_KEYS],
-        loads[load, L_KEYS],
+        0,
         loads[load, L_KEY_BASE],
         loads[load, L_KEY_STRIDE],
         loads[load, L_KEY_ATOMS],
@@ -105,7 +107,7 @@ def step_loads(z: Sizes, s: State, loads: np.ndarray, now: int) -> None:
             load,
             loads[load, L_KEYS_AT],
             loads[load, L_KEYS],
-            loads[load, L_KEYS],
+            0,
             loads[load, L_VALUE_BASE],
             loads[load, L_VALUE_STRIDE],
             loads[load, L_VALUE_ATOMS],

@@ -11,8 +11,9 @@ from sparseloom.hardware.engine.log import Log, close, make_log
 from sparseloom.hardware.spatten import controller, fetch, pipeline
 from sparseloom.hardware.spatten import state as st
 from sparseloom.hardware.spatten.config import SpAttenConfig
-from sparseloom.hardware.spatten.jobs import L_RANK_FROM, N_KEYS, Jobs
+from sparseloom.hardware.spatten.jobs import L_GENERATION, L_RANK_FROM, L_ROWS, N_KEYS, Jobs
 from sparseloom.hardware.spatten.state import Sizes, State, make_state, sizes
+from sparseloom.hardware.units import dram as memory
 from sparseloom.hardware.units.dram import Dram, make_dram
 
 _QUIET = 1_000_000  # cycles without the end of a row after which something is stuck
@@ -50,7 +51,15 @@ def run(
     longest = max(
         int(jobs.loads[:, L_RANK_FROM].max(initial=1)), int(jobs.rows[:, N_KEYS].max(initial=1))
     )
-    state = make_state(config, jobs.loads.shape[0], jobs.rows.shape[0], longest=longest, seed=seed)
+    alone = jobs.loads[jobs.loads[:, L_GENERATION] == 1, L_ROWS]
+    state = make_state(
+        config,
+        jobs.loads.shape[0],
+        jobs.rows.shape[0],
+        longest=longest,
+        most_rows=int(alone.max(initial=1)),
+        seed=seed,
+    )
     log = make_log(len(st.UNITS), len(st.CAUSES), window=window)
     dram = make_dram(memory)
     cycles = _loop(
@@ -96,6 +105,7 @@ def _loop(
         fetch.step_gather(z, s, log, now)
         fetch.step_memory(z, s, m, log, now)
         fetch.step_addresses(z, s, m, log, now)
+        memory.step(m, now)
         fetch.step_ports(z, s, m, key_ids, value_ids, log, now)
         controller.step_token_topk(z, s, loads, log, now)
         controller.step_loads(z, s, loads, now)

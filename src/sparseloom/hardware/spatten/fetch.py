@@ -1,9 +1,9 @@
 """Modules 3 to 6 and 14: ids to addresses, crossbar, DRAM, crossbar back, whole vectors to SRAM.
 
 A request is a list of token ids and where their vectors lie. The fetcher serves one request at a
-time, low key bits first and otherwise keys and values in turn (HPCA 2021, section IV-D). Ids go to
-the ports in groups; every port cuts its vector into atoms. Behind the crossbar a group leaves its
-ports in lock-step, one atom each, and is written to SRAM as whole vectors.
+time, low key bits first and otherwise keys and values in turn (HPCA 2021, section IV-D). The atoms
+of its vectors lie across the ports in beats, one atom each, as in the public RTL. Behind the
+crossbar a beat leaves its ports in lock-step, and whole vectors are written to SRAM.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def request(
     owner: int,
     ids_at: int,
     ids: int,
-    available: int,
+    emitting: int,
     base: int,
     stride: int,
     atoms: int,
@@ -39,16 +39,22 @@ def request(
     own_list: int,
     packed: int,
 ) -> int:
-    """Queue a request; returns its place in the ring."""
-    i = s.registers[st.R_NEXT_REQUEST] % st.REQUESTS
+    """Queue a request; returns its place in the ring.
+
+    It starts in cycle `start`; where `emitting` is above 0 its ids come in so many cycles from
+    then on, in equal parts.
+    """
+    i = s.registers[st.R_NEXT_REQUEST] % s.requests.shape[0]
     s.registers[st.R_NEXT_REQUEST] += 1
     s.requests[i, st.Q_KIND] = kind
     s.requests[i, st.Q_OWNER] = owner
     s.requests[i, st.Q_AT] = ids_at
     s.requests[i, st.Q_IDS] = ids
-    s.requests[i, st.Q_AVAILABLE] = available
+    s.requests[i, st.Q_EMITTING] = emitting
     s.requests[i, st.Q_TAKEN] = 0
     s.requests[i, st.Q_READY] = 0
+    s.requests[i, st.Q_GATHERED] = 0
+    s.requests[i, st.Q_WHOLE] = 0
     s.requests[i, st.Q_BASE] = base
     s.requests[i, st.Q_STRIDE] = stride
     s.requests[i, st.Q_ATOMS] = atoms
@@ -87,12 +93,12 @@ def step_convert(z: Sizes, s: State, log: Log, now: int) -> None:
 
 @inlined
 def step_gather(z: Sizes, s: State, log: Log, now: int) -> None:
-    """Module 5: the oldest group gives one atom per port once every port of it has one."""
-    if s.registers[st.R_GROUPS] == 0:
+    """Module 5: the oldest beat leaves its ports once every one of them has its atom."""
+    if s.registers[st.R_BEATS] == 0:
         note(log, st.DATA, st.IDLE, -1, now)
         return
-    g = s.registers[st.R_GROUP_HEAD]
-    n = s.groups[g, st.G_IDS]
+    g = s.registers[st.R_BEAT_HEAD]
+    n = s.beats[g, st.B_ATOMS]
     if s.registers[st.R_LINES] == st.LINES:
         note(log, st.DATA, st.ON_SRAM, -1, now)
         return
@@ -105,51 +111,63 @@ def step_gather(z: Sizes, s: State, log: Log, now: int) -> None:
     for p in range(n):
         s.arrived[p, s.ports[p, st.P_TAKEN] & (z.data_depth - 1)] = 0
         s.ports[p, st.P_TAKEN] += 1
-    s.groups[g, st.G_TAKEN] += 1
     note(log, st.DATA, st.BUSY, -1, now)
-    if s.groups[g, st.G_TAKEN] == s.groups[g, st.G_ATOMS]:
-        q = s.groups[g, st.G_REQUEST]
+    s.registers[st.R_BEAT_HEAD] = (g + 1) % st.BEATS
+    s.registers[st.R_BEATS] -= 1
+    q = s.beats[g, st.B_REQUEST]
+    s.requests[q, st.Q_GATHERED] += n
+    whole = s.requests[q, st.Q_GATHERED] // s.requests[q, st.Q_ATOMS]
+    if whole > s.requests[q, st.Q_WHOLE]:
         e = (s.registers[st.R_LINE_HEAD] + s.registers[st.R_LINES]) % st.LINES
         s.lines[e, st.W_REQUEST] = q
-        s.lines[e, st.W_VECTORS] = s.groups[g, st.G_IDS] * s.groups[g, st.G_PACKED]
+        s.lines[e, st.W_VECTORS] = (whole - s.requests[q, st.Q_WHOLE]) * s.requests[q, st.Q_PACKED]
         s.lines[e, st.W_FROM] = now + z.convert_latency
         s.registers[st.R_LINES] += 1
-        s.registers[st.R_GROUP_HEAD] = (g + 1) % st.GROUPS
-        s.registers[st.R_GROUPS] -= 1
+        s.requests[q, st.Q_WHOLE] = whole
 
 
 @inlined
 def step_memory(z: Sizes, s: State, m: Dram, log: Log, now: int) -> None:
-    """Module 14: responses back to their ports, then one memory clock."""
+    """Module 14: responses back to their ports. The memory's clock follows the new addresses."""
     if s.registers[st.R_IN_FLIGHT] == 0:
         note(log, st.DRAM, st.IDLE, -1, now)
-        memory.step(m, now)
         return
+    came = 0
     for channel in range(z.channels):
         tag = memory.pop(m, channel, now)
         if tag >= 0:
-            s.arrived[tag >> SLOT_BITS, tag & SLOT_MASK] = 1
+            port, slot = tag >> SLOT_BITS, tag & SLOT_MASK
+            if z.reorders == 0:
+                slot = s.ports[port, st.P_CAME] & (z.data_depth - 1)
+                s.ports[port, st.P_CAME] += 1
+            s.arrived[port, slot] = 1
             s.registers[st.R_IN_FLIGHT] -= 1
-    memory.step(m, now)
-    note(log, st.DRAM, st.BUSY, -1, now)
+            came += 1
+    # The tag of an interval: atoms that came in each of its cycles.
+    note(log, st.DRAM, st.BUSY, came, now)
 
 
 @inlined
 def step_addresses(z: Sizes, s: State, m: Dram, log: Log, now: int) -> None:
-    """Module 4: every channel takes the address of the lowest port that has one for it."""
+    """Module 4: every channel takes the address of the lowest port that has one for it.
+
+    A port that was chosen while the channel had no room stays chosen until it has.
+    """
     if s.registers[st.R_ADDRESSES] == 0:
         note(log, st.ADDRESS, st.IDLE, -1, now)
         return
     granted = 0
-    refused = False
     for p in range(z.ports):
         if fifo.used(s.addresses, p) == 0:
             continue
         item = fifo.peek(s.addresses, p)
         channel = (item >> SLOT_BITS) & CHANNEL_MASK
-        if (granted >> channel) & 1 or not memory.can_accept(m, channel):
-            refused = True
+        if (granted >> channel) & 1 or (s.chosen[channel] >= 0 and s.chosen[channel] != p):
             continue
+        if not memory.can_accept(m, channel):
+            s.chosen[channel] = p
+            continue
+        s.chosen[channel] = -1
         granted |= 1 << channel
         fifo.pop(s.addresses, p)
         s.registers[st.R_ADDRESSES] -= 1
@@ -157,79 +175,68 @@ def step_addresses(z: Sizes, s: State, m: Dram, log: Log, now: int) -> None:
         memory.push(m, channel, item >> (SLOT_BITS + CHANNEL_BITS), False, tag, now)
         s.registers[st.R_IN_FLIGHT] += 1
         s.counts[st.C_ATOMS] += 1
-    note(log, st.ADDRESS, st.ON_CHANNEL if refused and granted == 0 else st.BUSY, -1, now)
+    note(log, st.ADDRESS, st.BUSY if granted else st.ON_CHANNEL, -1, now)
 
 
 @inlined
 def step_ports(
     z: Sizes, s: State, m: Dram, ids: np.ndarray, value_ids: np.ndarray, log: Log, now: int
 ) -> None:
-    """Module 3: ports put the addresses of their vectors in their FIFOs, then take new ids."""
-    if s.registers[st.R_PUSHING] > 0:
-        moved = 0
-        for p in range(z.ports):
-            if s.ports[p, st.P_LEFT] == 0:
-                continue
-            busy = s.ports[p, st.P_ISSUED] - s.ports[p, st.P_TAKEN] == z.data_depth
-            if busy or fifo.full(s.addresses, p):
-                continue
-            slot = s.ports[p, st.P_ISSUED] & (z.data_depth - 1)
-            address = s.ports[p, st.P_ADDRESS]
-            place = (address << CHANNEL_BITS) | memory.channel_of(m, address)
-            fifo.push(s.addresses, p, (place << SLOT_BITS) | slot)
-            s.registers[st.R_ADDRESSES] += 1
-            s.ports[p, st.P_ISSUED] += 1
-            s.ports[p, st.P_ADDRESS] += ATOM
-            s.ports[p, st.P_LEFT] -= 1
-            s.registers[st.R_PUSHING] -= s.ports[p, st.P_LEFT] == 0
-            moved += 1
-        note(log, st.FETCHER, st.BUSY if moved > 0 else st.ON_CHANNEL, -1, now)
-        if s.registers[st.R_PUSHING] > 0:
-            return
-        _next_group(z, s, ids, value_ids, now)
-        return
-    _next_group(z, s, ids, value_ids, now)
-    if s.registers[st.R_PUSHING] > 0:
-        note(log, st.FETCHER, st.BUSY, -1, now)
-    elif s.registers[st.R_CURRENT] >= 0:
-        note(log, st.FETCHER, st.ON_IDS, -1, now)
-    else:
-        note(log, st.FETCHER, st.IDLE, -1, now)
+    """Module 3: a beat, one atom for each port, of the vectors of the next ids.
 
-
-@inlined
-def _next_group(z: Sizes, s: State, key_ids: np.ndarray, value_ids: np.ndarray, now: int) -> None:
-    """Hand the next ids of the request at hand to the ports; take another request if it is done."""
-    if s.registers[st.R_CURRENT] < 0:
-        _next_request(s, now)
+    As many ids as there are ports are taken at once; their atoms, one vector after the other, lie
+    across the ports.
+    """
     q = s.registers[st.R_CURRENT]
-    if q < 0 or s.registers[st.R_GROUPS] == st.GROUPS:
-        return
-    taken = s.requests[q, st.Q_TAKEN]
-    left = s.requests[q, st.Q_IDS] - taken
-    n = min(left, z.ports)
-    if s.requests[q, st.Q_AVAILABLE] - taken < n:
+    if q < 0:
+        _next_request(s, now)
+        q = s.registers[st.R_CURRENT]
+        if q < 0:
+            note(log, st.FETCHER, st.IDLE, -1, now)
+            return
+    taken, sent = s.requests[q, st.Q_TAKEN], s.registers[st.R_SENT]
+    group = min(s.requests[q, st.Q_IDS] - taken, z.ports)
+    emitting = s.requests[q, st.Q_EMITTING]
+    since = now - s.requests[q, st.Q_FROM] + 1
+    if since < emitting and s.requests[q, st.Q_IDS] * since // emitting < taken + group:
+        note(log, st.FETCHER, st.ON_IDS, -1, now)
         return
     atoms = s.requests[q, st.Q_ATOMS]
+    n = min(group * atoms - sent, z.ports)
+    ready = s.registers[st.R_BEATS] < st.BEATS
+    for p in range(n):
+        ready &= s.ports[p, st.P_ISSUED] - s.ports[p, st.P_TAKEN] < z.data_depth
+        ready &= not fifo.full(s.addresses, p)
+    if not ready:
+        note(log, st.FETCHER, st.ON_CHANNEL, -1, now)
+        return
     base, stride = s.requests[q, st.Q_BASE], s.requests[q, st.Q_STRIDE]
     at = s.requests[q, st.Q_AT] + taken
     by_value = s.requests[q, st.Q_KIND] == st.VALUES_OF and s.requests[q, st.Q_LIST] == 1
+    vector, part = sent // atoms, sent % atoms
     for p in range(n):
-        token = value_ids[at + p] if by_value else key_ids[at + p]
+        token = value_ids[at + vector] if by_value else ids[at + vector]
         address = base + token * stride
-        s.ports[p, st.P_ADDRESS] = address - address % ATOM
-        s.ports[p, st.P_LEFT] = atoms
-    g = (s.registers[st.R_GROUP_HEAD] + s.registers[st.R_GROUPS]) % st.GROUPS
-    s.groups[g, st.G_REQUEST] = q
-    s.groups[g, st.G_IDS] = n
-    s.groups[g, st.G_ATOMS] = atoms
-    s.groups[g, st.G_TAKEN] = 0
-    s.groups[g, st.G_PACKED] = s.requests[q, st.Q_PACKED]
-    s.registers[st.R_GROUPS] += 1
-    s.registers[st.R_PUSHING] = n
-    s.requests[q, st.Q_TAKEN] = taken + n
-    if left == n:
-        s.registers[st.R_CURRENT] = -1
+        address += part * ATOM - address % ATOM
+        slot = s.ports[p, st.P_ISSUED] & (z.data_depth - 1)
+        place = (address << CHANNEL_BITS) | memory.channel_of(m, address)
+        fifo.push(s.addresses, p, (place << SLOT_BITS) | slot)
+        s.ports[p, st.P_ISSUED] += 1
+        part += 1
+        if part == atoms:
+            vector, part = vector + 1, 0
+    s.registers[st.R_ADDRESSES] += n
+    g = (s.registers[st.R_BEAT_HEAD] + s.registers[st.R_BEATS]) % st.BEATS
+    s.beats[g, st.B_REQUEST] = q
+    s.beats[g, st.B_ATOMS] = n
+    s.registers[st.R_BEATS] += 1
+    note(log, st.FETCHER, st.BUSY, -1, now)
+    s.registers[st.R_SENT] = sent + n
+    if sent + n == group * atoms:
+        s.registers[st.R_SENT] = 0
+        s.requests[q, st.Q_TAKEN] = taken + group
+        if taken + group == s.requests[q, st.Q_IDS]:
+            s.registers[st.R_CURRENT] = -1
 
 
 @inlined

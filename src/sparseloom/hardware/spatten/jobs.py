@@ -136,7 +136,8 @@ def lower(
             were recorded: the selection engines then see the real ties.
 
     Raises:
-        MachineError: head sizes that differ, or a head wider than the arrays.
+        MachineError: head sizes that differ, a head that the arrays cannot be cut into, keys or
+            values that do not fit in the SRAMs, or a row that does not fit in the softmax.
     """
     operators = workload.attention()
     widths = {operator.head_dim for operator in operators} | {op.value_dim for op in operators}
@@ -162,11 +163,17 @@ def lower(
                     pair = len(kv_head[1]) > operator.heads // operator.kv_heads
                     vectors = regions.vectors(operator, call, sequence, kv_head[0], pair=pair)
                     _add(config, made, operator, head, vectors, (ranked, i))
-        if len(made.loads) > first:
+        last = len(made.loads) - 1
+        if last >= first:
             rank = _ranking(operators, i, call)
             if rank is not None:
-                made.loads[-1] = made.loads[-1]._replace(rank_from=rank[0], rank_to=rank[1])
-                ranked = len(made.loads) - 1
+                heads = range(first if config.ranks_every_head else last, last + 1)
+                for one in heads:
+                    waits = one - 1 if one > heads[0] else made.loads[one].after
+                    made.loads[one] = made.loads[one]._replace(
+                        rank_from=rank[0], rank_to=rank[1], after=waits
+                    )
+                ranked = last
     return _finish(made, head_dim, config.keys_per_cycle(head_dim))
 
 
@@ -198,6 +205,7 @@ def _add(
     rows = head.seen.size
     generation = operator.q_len == 1
     this = len(made.loads)
+    _check_room(config, operator, head, vectors.heads)
     if config.ranks_every_row and this:
         # The tokens are ranked anew before every fetch, by what the load before has added.
         made.loads[-1] = made.loads[-1]._replace(rank_from=operator.kv_len, rank_to=head.ids.size)
@@ -245,6 +253,25 @@ def _add(
         made.probability_count += row.size
     made.rows.append(table)
     made.row_count += rows
+
+
+def _check_room(config: SpAttenConfig, operator: Operator, head: Head, heads: int) -> None:
+    """Everything a load or a row holds at once must fit: nothing else would ever make room."""
+    per_line = config.keys_per_cycle(operator.head_dim)
+    keys, row = head.ids.size, int(head.seen.max())
+    values = int(head.values.max()) if operator.q_len == 1 else keys
+    scores = config.softmax.row_fifo_depth * config.softmax.lanes
+    for what, vectors, copies, room, where in (
+        (f"{keys} keys of {heads} heads", keys, heads, config.key_sram.lines, "key_sram"),
+        (f"{values} values", values, 1, config.value_sram.lines, "value_sram"),
+        (f"a row of {row} scores", row, 1, scores // per_line, "softmax.row_fifo_depth × lanes"),
+    ):
+        lines = -(-vectors // per_line) * copies
+        if lines > room:
+            raise MachineError(
+                f"{config.name}: {what} take {lines} lines of {per_line}, but {where} holds {room} "
+                f"(layer {operator.layer}, step {operator.step}, {operator.kv_len} tokens)"
+            )
 
 
 def _finish(made: _Builder, head_dim: int, per_line: int) -> Jobs:

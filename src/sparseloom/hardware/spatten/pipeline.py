@@ -125,7 +125,7 @@ def step_value_topk(
         s.registers[st.R_TOPK_LINE] = 0
         s.registers[st.R_TOPK_LINES] = needed
         n, k = rows[row, N_KEYS], rows[row, N_VALUES]
-        if k < n:
+        if 0 < k < n:
             at = rows[row, N_PROBABILITIES_AT]
             cycles, scanned = 0, n
             if z.merge_sort == 1:
@@ -149,7 +149,7 @@ def step_value_topk(
                 row,
                 rows[row, N_VALUE_IDS_AT] if own else loads[load, L_KEYS_AT],
                 k,
-                0,
+                s.registers[st.R_TOPK_LINES],
                 loads[load, L_VALUE_BASE] + head,
                 loads[load, L_VALUE_STRIDE],
                 loads[load, L_VALUE_ATOMS],
@@ -167,8 +167,6 @@ def step_value_topk(
         s.rows[row, st.ROW_EMITTED] = (
             k * s.registers[st.R_TOPK_LINE] // s.registers[st.R_TOPK_LINES]
         )
-    if k > 0 and loads[rows[row, N_LOAD], L_GENERATION] == 1:
-        s.requests[s.rows[row, st.ROW_VALUE_REQUEST], st.Q_AVAILABLE] = s.rows[row, st.ROW_EMITTED]
     note(log, st.VALUE_TOPK, st.BUSY, row, now)
     if s.registers[st.R_TOPK_LINE] >= s.registers[st.R_TOPK_LINES]:
         s.counts[st.C_EMITTED] += k
@@ -202,7 +200,7 @@ def step_decision(
             row,
             loads[load, L_KEYS_AT],
             loads[load, L_KEYS],
-            loads[load, L_KEYS],
+            0,
             loads[load, L_LOW_BASE] + head,
             loads[load, L_LOW_STRIDE],
             loads[load, L_LOW_ATOMS],

@@ -78,12 +78,17 @@ KEYS, LOW, VALUES_OF = 0, 1, 2
 """Kinds of requests: keys of a load, low key bits of a row, values of a row or of a load."""
 
 
+PORT_CYCLES = 1  # an address through its port's FIFO to the memory
+
+
 class Sizes(NamedTuple):
     """The machine's numbers as the compiled loop reads them (all int64)."""
 
     ports: int
     channels: int
     data_depth: int
+    reorders: int
+    init_cycles: int
     request_latency: int
     convert_latency: int
     vectors_per_cycle: int
@@ -114,8 +119,11 @@ def sizes(config: SpAttenConfig, head_dim: int) -> Sizes:
         ports=config.fetcher.ports,
         channels=config.dram.channels,
         data_depth=config.fetcher.data_fifo_depth,
-        request_latency=config.fetcher.request_latency,
-        convert_latency=config.fetcher.align_latency + config.fetcher.read_latency,
+        reorders=int(config.fetcher.reorders),
+        init_cycles=config.fetcher.init_cycles,
+        request_latency=config.fetcher.request_latency - PORT_CYCLES,
+        # What is written in one cycle is seen by the multipliers in the next.
+        convert_latency=config.fetcher.align_latency + config.fetcher.read_latency - 1,
         vectors_per_cycle=config.key_sram.lines_written_per_cycle * per_line,
         keys_per_line=per_line,
         key_lines=config.key_sram.lines,
@@ -141,17 +149,19 @@ def sizes(config: SpAttenConfig, head_dim: int) -> Sizes:
 class State(NamedTuple):
     """Struct of arrays: few and wide, which compiled code passes on quickly. Columns have names.
 
-    registers: see `R_…`. requests (ring): `Q_…`. groups (ring): `G_…`. lines (ring): `W_…`.
-    ports: `P_…`; arrived (ports, depth): which atoms are there.
+    registers: see `R_…`. requests (ring): `Q_…`. beats (ring): `B_…`. lines (ring): `W_…`.
+    ports: `P_…`; arrived (ports, depth): which atoms are there. chosen (channels): the port that
+    waits for room in a channel, or −1.
     rows: `ROW_…`; loads: `LOAD_…`. queues: FIFOs between stages, `TO_…`, and row_fifo.
     waiting: FIFOs of requests by kind; addresses: FIFOs by port.
     """
 
     registers: np.ndarray
     requests: np.ndarray
-    groups: np.ndarray
+    beats: np.ndarray
     lines: np.ndarray
     ports: np.ndarray
+    chosen: np.ndarray
     arrived: np.ndarray
     rows: np.ndarray
     loads: np.ndarray
@@ -166,8 +176,8 @@ class State(NamedTuple):
 
 
 TO_RERUN, TO_SOFTMAX, TO_DECIDE, TO_TOPK, TO_VALUES, TO_RANK = range(6)
-P_ADDRESS, P_LEFT, P_ISSUED, P_TAKEN = range(4)
-G_REQUEST, G_IDS, G_ATOMS, G_TAKEN, G_PACKED = range(5)
+P_ISSUED, P_TAKEN, P_CAME = range(3)
+B_REQUEST, B_ATOMS = range(2)
 W_REQUEST, W_VECTORS, W_FROM = range(3)
 ROW_VALUE_REQUEST, ROW_LOW_REQUEST, ROW_RERUN, ROW_READY_AT, ROW_EMITTED = range(5)
 LOAD_KEY_REQUEST, LOAD_UNDECIDED, LOAD_UNFINISHED, LOAD_RANKED, LOAD_END = range(5)
@@ -178,7 +188,7 @@ LOAD_KEY_REQUEST, LOAD_UNDECIDED, LOAD_UNFINISHED, LOAD_RANKED, LOAD_END = range
     Q_OWNER,
     Q_AT,
     Q_IDS,
-    Q_AVAILABLE,
+    Q_EMITTING,
     Q_TAKEN,
     Q_READY,
     Q_BASE,
@@ -187,9 +197,10 @@ LOAD_KEY_REQUEST, LOAD_UNDECIDED, LOAD_UNFINISHED, LOAD_RANKED, LOAD_END = range
     Q_FROM,
     Q_LIST,
     Q_PACKED,
-) = range(13)
-REQUESTS = 1024  # requests in flight that the rings have room for
-GROUPS = 256
+    Q_GATHERED,
+    Q_WHOLE,
+) = range(15)
+BEATS = 256  # that the rings have room for
 LINES = 1024
 
 # Registers.
@@ -197,8 +208,8 @@ LINES = 1024
     R_NEXT_REQUEST,
     R_CURRENT,
     R_LAST_KIND,
-    R_GROUP_HEAD,
-    R_GROUPS,
+    R_BEAT_HEAD,
+    R_BEATS,
     R_LINE_HEAD,
     R_LINES,
     R_ADDRESSES,
@@ -226,7 +237,7 @@ LINES = 1024
     R_LOW_PENDING,
     R_DONE_ROWS,
     R_END,
-    R_PUSHING,
+    R_SENT,
     R_NEXT_ROW,
     R_ROWS_READY,
     R_LOADS_DONE,
@@ -277,26 +288,34 @@ COUNTS = (
 ) = range(len(COUNTS))
 
 
-def make_state(config: SpAttenConfig, loads: int, rows: int, *, longest: int, seed: int) -> State:
-    """Empty units, for a run of so many loads and rows, of `longest` keys at most."""
+def make_state(
+    config: SpAttenConfig, loads: int, rows: int, *, longest: int, most_rows: int, seed: int
+) -> State:
+    """Empty units, for a run of so many loads and rows.
+
+    A row has `longest` keys at most; a load that fetches values row by row has `most_rows`.
+    """
     sorts = config.topk.engine == "merge_sort"
     lengths = range(longest + 1 if sorts else 1)
     fetcher = config.fetcher
     deep = max(rows, loads, 1) + 1
+    # A load asks for its keys and values, or each of its rows for low bits and values.
+    requests = fetcher.loads_in_flight * (2 + 2 * most_rows)
     registers = np.zeros(38, np.int64)
     registers[R_CURRENT] = -1
     return State(
         registers=registers,
-        requests=np.zeros((REQUESTS, 13), np.int64),
-        groups=np.zeros((GROUPS, 5), np.int64),
+        requests=np.zeros((requests, 15), np.int64),
+        beats=np.zeros((BEATS, 2), np.int64),
         lines=np.zeros((LINES, 3), np.int64),
-        ports=np.zeros((fetcher.ports, 4), np.int64),
+        ports=np.zeros((fetcher.ports, 3), np.int64),
+        chosen=np.full(config.dram.channels, -1, np.int64),
         arrived=np.zeros((fetcher.ports, fetcher.data_fifo_depth), np.uint8),
         rows=np.zeros((rows, 5), np.int64),
         loads=np.zeros((loads, 5), np.int64),
         queues=make_fifos(6, deep),
         row_fifo=make_fifos(1, config.softmax.row_fifo_depth * config.softmax.lanes),
-        waiting=make_fifos(3, REQUESTS),
+        waiting=make_fifos(3, requests),
         addresses=make_fifos(fetcher.ports, fetcher.address_fifo_depth),
         counts=np.zeros(len(COUNTS), np.int64),
         rng=make_rng(seed),
