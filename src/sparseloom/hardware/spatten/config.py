@@ -29,9 +29,9 @@ class Fetcher(Section):
     """Addresses to atoms to lines: ports, crossbars and their FIFOs, and where cycles pass.
 
     reorders: whether a port gives atoms back in the order in which it asked; the public RTL passes
-    on what comes first, right in time but not in value. init_cycles: before the first load is accepted. request_latency: from the allocation of lines
-    to the first read. align_latency: from a line's last atom to its SRAM. read_latency: from
-    there to the multipliers.
+    on what comes first, right in time but not in value. init_cycles: before the first load is
+    accepted. request_latency: from the allocation of lines to the first read. align_latency: from
+    the ports' atoms to the SRAM. read_latency: from there to the multipliers.
     """
 
     ports: int = Field(ge=1)

@@ -67,7 +67,11 @@ def step_loads(z: Sizes, s: State, loads: np.ndarray, now: int) -> None:
     """Start the next load once its tokens are known and there is room for it."""
     load = s.registers[st.R_NEXT_LOAD]
     s.registers[st.R_RANKING] = 0
-    if load == loads.shape[0] or now < z.init_cycles or load - s.registers[st.R_LOADS_DONE] >= z.loads_in_flight:
+    if (
+        load == loads.shape[0]
+        or now < z.init_cycles
+        or load - s.registers[st.R_LOADS_DONE] >= z.loads_in_flight
+    ):
         return
     after = loads[load, L_AFTER]
     if after >= 0 and s.loads[after, st.LOAD_RANKED] == 0:
