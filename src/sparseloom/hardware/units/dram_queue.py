@@ -106,7 +106,7 @@ def push(d: Dram, channel: int, address: int, is_write: bool, tag: int, now: int
         d.board[at + (MISS + KIND * k) * n.banks] = (order << KEY_BITS) | local
         wake = max(now, min(d.board[at], d.board[at + CLOSE * n.banks]))
         p.next_row = min(p.next_row, wake)
-    if c.writes > 0:
+    if c.writes > 0 or c.mode == 1:
         choose_kind(d, channel, now)
     if wake < c.wake:
         c.wake = wake
