@@ -18,8 +18,11 @@ from sparseloom.errors import unknown_name
 
 __all__ = ["PAPERS", "Table", "find_tables", "reproduce"]
 
-PAPERS = {"dsa_tc_2022": "dsa", "dota_asplos_2022": "dota"}
+PAPERS = {"dsa_tc_2022": "dsa", "dota_asplos_2022": "dota", "spatten_hpca_2021": "spatten_hw"}
 """Paper → its module here."""
+
+ALIASES = {"spatten-hw": "spatten_hpca_2021"}
+"""Other name → paper."""
 
 Row = dict[str, Any]
 
@@ -44,6 +47,8 @@ def find_tables(paper: str | None = None, name: str | None = None) -> list[Table
 
     Raises ValueError naming what there is.
     """
+    if paper is not None:
+        paper = ALIASES.get(paper, paper)
     if paper is not None and paper not in PAPERS:
         raise unknown_name("paper", paper, PAPERS)
     found: list[Table] = []
