@@ -21,10 +21,10 @@ from sparseloom.experiments.reproduce.spatten_runs import (
     prepare,
     report,
     tera_operations,
+    traffic,
     workload,
 )
 from sparseloom.experiments.reproduce.spatten_speed import GPT2_RATIOS, assumed, thirty
-from sparseloom.trace.traffic import trace_traffic
 
 _add = partial(row, PAPER)
 _COUNT = "operations are those of kept scores and values; reruns, softmax and top-k do not count"
@@ -77,8 +77,8 @@ def fig18() -> list[Row]:
 
 
 def _intensity(case: Case) -> float:
-    trace, selection = workload(case.canonical)
-    moved = float(trace_traffic(trace, selection.name).fetched)
+    trace, selection = workload(case)
+    moved = float(traffic(case).fetched)
     for operator, call in zip(trace.workload.attention(), selection.calls, strict=True):
         rows = float(operator.batch * operator.heads * operator.q_len)
         if call.key_counts is not None:
@@ -89,7 +89,7 @@ def _intensity(case: Case) -> float:
 
 
 def traces() -> list[Row]:
-    """GPT-2's four traces: operations, bytes and cycles at both fidelities, and what limits them."""
+    """Four traces of GPT-2: operations, bytes, cycles at both fidelities, and what limits them."""
     chosen: tuple[tuple[str, Variant, float | str], ...] = (
         (SMALL, "full", "not published"),
         (SMALL, "dense, quantised", "not published"),
@@ -102,7 +102,7 @@ def traces() -> list[Row]:
         case = Case(name, variant)
         quick = report(Case(name, variant, fidelity="analytic"))
         found, label = report(case), f"{name}, {variant}"
-        bound = operations(case) / (4 * 512) * 8 / 8
+        bound = operations(case) / (2 * 2 * 512) / 1e6
         add = partial(_add, "traces")
         rows += [
             add(f"{label}: GFLOP executed", giga, operations(case) / 1e9,
@@ -114,13 +114,13 @@ def traces() -> list[Row]:
                 basis="scenario", assumptions=(GPT2_RATIOS,), note=limits(found)),
             add(f"{label}: million cycles, closed form", "not published", quick.cycles / 1e6,
                 basis="scenario", assumptions=(GPT2_RATIOS,),
-                note=f"the arrays alone, both busy: {2 * bound / 1e6:.2f}"),
+                note=f"both arrays busy in every cycle: {bound:.2f}"),
         ]  # fmt: skip
     rows.append(
         _add(
             "traces", "gpt2-medium, dense fp32: GB of keys and values",
             operations(Case(MEDIUM, "dense")) / 2 * 4 / 1e9,
-            trace_traffic(workload(Case(MEDIUM, "dense"))[0], "dense").fetched / 1e9,
+            traffic(Case(MEDIUM, "dense")).fetched / 1e9,
             basis="identity", tolerance=1e-6,
         )
     )  # fmt: skip

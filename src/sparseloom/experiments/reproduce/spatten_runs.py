@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from threading import Lock
 from typing import Literal
 
@@ -14,6 +15,7 @@ from sparseloom.hardware.report import Fidelity, Report
 from sparseloom.hardware.spatten.area import FULL, Structure
 from sparseloom.hardware.spatten.power import Activity
 from sparseloom.trace import Selection, Trace, Workload
+from sparseloom.trace.schema import Scope
 from sparseloom.trace.spatten_benchmarks import (
     Benchmark,
     Settings,
@@ -21,6 +23,7 @@ from sparseloom.trace.spatten_benchmarks import (
     benchmarks,
     spatten_selection,
 )
+from sparseloom.trace.traffic import Traffic, trace_traffic
 
 PAPER = "spatten_hpca_2021"
 SPATTEN, EIGHTH, E2E = PAPER, "spatten_eighth_hpca_2021", "spatten_e2e_hpca_2021"
@@ -33,8 +36,8 @@ SMALL, MEDIUM = "gpt2-small-wikitext2", "gpt2-medium-wikitext2"
 SAMPLE = (2, 10, 18, 26)
 
 Variant = Literal["full", "dense", "dense, quantised", "tokens", "heads", "static", "all heads"]
-"""What is left of a benchmark: everything of the paper; nothing (32 bits, or the widths of the
-public RTL); tokens and values pruned at 32 bits; heads too; static bits too; everything but heads."""
+"""What is left of a benchmark: all techniques; dense, of 32 bits or keys of 12 and values of 8;
+tokens and values pruned at 32 bits; heads pruned, too; static bits, too; all but head pruning."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Case:
     machine: str = SPATTEN
     settings: tuple[tuple[str, object], ...] = ()
     fidelity: Fidelity = "cycle"
-    scope: Literal["attention", "model"] = "attention"
+    scope: Scope = "attention"
     tokens: tuple[int, ...] = ()
 
     @property
@@ -122,11 +125,19 @@ def settings(one: Benchmark, variant: Variant) -> Settings:
 
 def workload(case: Case) -> tuple[Trace, Selection]:
     """The trace of a case and the selection in it."""
-    one = benchmark(case.name)
-    operators = one.trace(scope=case.scope).workload
-    chosen = spatten_selection(operators, settings(one, case.variant), name=case.variant)
-    if case.tokens:
-        operators, chosen = _only(operators, chosen, frozenset(case.tokens))
+    case = case.canonical
+    return _workload(case.name, case.variant, case.scope, case.tokens)
+
+
+@cache
+def _workload(
+    name: str, variant: Variant, scope: Scope, tokens: tuple[int, ...]
+) -> tuple[Trace, Selection]:
+    one = benchmark(name)
+    operators = one.trace(scope=scope).workload
+    chosen = spatten_selection(operators, settings(one, variant), name=variant)
+    if tokens:
+        operators, chosen = _only(operators, chosen, frozenset(tokens))
     return Trace(operators, {chosen.name: chosen}), chosen
 
 
@@ -141,7 +152,13 @@ def _only(
 
 def operations(case: Case) -> float:
     """Executed operations: 2 · head_dim per kept score and per kept value, reruns not counted."""
-    trace, selection = workload(case.canonical)
+    case = case.canonical
+    return _operations(case.name, case.variant, case.tokens)
+
+
+@cache
+def _operations(name: str, variant: Variant, tokens: tuple[int, ...]) -> float:
+    trace, selection = _workload(name, variant, "attention", tokens)
     total = 0.0
     for operator, call in zip(trace.workload.attention(), selection.calls, strict=True):
         padding = trace.workload.padding_of(operator)
@@ -151,12 +168,24 @@ def operations(case: Case) -> float:
     return total
 
 
+def traffic(case: Case) -> Traffic:
+    """Bytes of keys and values, whole benchmark."""
+    case = case.canonical
+    return _traffic(case.name, case.variant)
+
+
+@cache
+def _traffic(name: str, variant: Variant) -> Traffic:
+    trace, selection = _workload(name, variant, "attention", ())
+    return trace_traffic(trace, selection.name)
+
+
 def tera_operations(case: Case) -> float:
     """Executed operations per second, in 10¹²."""
     return operations(case) / report(case).seconds / 1e12
 
 
-def device(name: str, benchmark_name: str, scope: Literal["attention", "model"]) -> Report:
+def device(name: str, benchmark_name: str, scope: Scope) -> Report:
     """A processor on a benchmark, everything computed in fp32."""
     return report(Case(benchmark_name, "dense", name, fidelity="analytic", scope=scope))
 
@@ -183,7 +212,7 @@ def activity(found: Report, structure: Structure = FULL) -> Activity:
 
 def limits(found: Report, count: int = 3) -> str:
     """The busiest units of a run, and what units waited for, as shares of its cycles."""
-    total = max(1, found.cycles)
+    total = max([1, *(sum(codes.values()) for codes in found.unit_cycles.values())])
     busy = sorted(
         ((codes.get("busy", 0) / total, unit) for unit, codes in found.unit_cycles.items()),
         reverse=True,

@@ -1,11 +1,10 @@
-"""SpAtten (HPCA 2021): speed and energy beside processors: figures 14 and 15, table IV, headline."""
+"""SpAtten (HPCA 2021): speed and energy beside processors: headline, figures 14, 15, table IV."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
 from statistics import fmean, geometric_mean
-
 
 from sparseloom.experiments.reproduce.rows import Row, row
 from sparseloom.experiments.reproduce.spatten_published import (
@@ -31,11 +30,10 @@ from sparseloom.experiments.reproduce.spatten_runs import (
     prepare,
     report,
     settings,
-    workload,
+    traffic,
 )
 from sparseloom.hardware.report import Report
 from sparseloom.trace.spatten_benchmarks import benchmark
-from sparseloom.trace.traffic import Traffic, trace_traffic
 
 _add = partial(row, PAPER)
 LENGTHS = "lengths are those of the dev sets as we measured them (QQP assumed): none is published"
@@ -216,7 +214,7 @@ def headline() -> list[Row]:
         heads[name] = _head_reduction(name)
         work[name] = dense / full
         tokens[name] = work[name] / heads[name]
-        moved = [_traffic(Case(name, variant)) for variant in ("dense", "full", "heads")]
+        moved = [traffic(Case(name, variant)) for variant in ("dense", "full", "heads")]
         useful[name] = moved[0].useful / moved[1].useful
         fetched[name] = moved[0].fetched / moved[1].fetched
         bits[name] = moved[2].useful / moved[1].useful
@@ -250,7 +248,3 @@ def _head_reduction(name: str) -> float:
     one = benchmark(name)
     counts = settings(one, "full").head_counts(one.shape.layers, one.shape.heads)
     return one.shape.heads * len(counts) / sum(counts)
-
-
-def _traffic(case: Case) -> Traffic:
-    return trace_traffic(workload(case.canonical)[0], case.variant)
