@@ -10,8 +10,9 @@ from sparseloom.cli.adapt import adapt
 from sparseloom.cli.bench import bench
 from sparseloom.cli.compare import compare, demo
 from sparseloom.cli.info import info, show_version
-from sparseloom.cli.machines import simulate, trace
+from sparseloom.cli.simulate import simulate
 from sparseloom.cli.studies import reproduce
+from sparseloom.cli.trace import trace
 
 app = typer.Typer(
     name="sparseloom",

@@ -33,6 +33,7 @@ __all__ = [
     "load",
     "load_table",
     "parse_overrides",
+    "register",
 ]
 
 # Kinds of machine: where the class lives that simulates them.
@@ -43,6 +44,7 @@ _KINDS = {
     "spatten": ("sparseloom.hardware.spatten", "SpAtten"),
     "device": ("sparseloom.hardware.devices", "Device"),
 }
+_registered: dict[str, type[Machine]] = {}
 
 
 def load(name_or_path: str | PathLike[str], /, **overrides: object) -> Machine:
@@ -59,13 +61,44 @@ def load(name_or_path: str | PathLike[str], /, **overrides: object) -> Machine:
     tree = read_machine(name_or_path, overrides)
     where = Path(name_or_path).name
     kind = tree.get("kind")
-    if kind not in _KINDS:
-        raise MachineError(f"{where}: kind must be one of {', '.join(_KINDS)}, got {kind!r}")
-    module, name = _KINDS[kind]
-    machine: type[Machine] = getattr(import_module(module), name)
+    machine = _class_of(kind) if isinstance(kind, str) else None
+    if machine is None:
+        known = ", ".join([*_KINDS, *_registered])
+        raise MachineError(f"{where}: kind must be one of {known}, got {kind!r}")
     config = checked(machine.Config, tree, where)
     beside = Path(name_or_path).parent / config.energy_table
     return machine(config, load_table(beside if beside.is_file() else config.energy_table))
+
+
+def register(kind: str, machine: type[Machine]) -> None:
+    """Let machine files of this kind be simulated by your own class.
+
+    It holds for this process; registering the same kind again replaces the class.
+
+    Raises:
+        MachineError: a kind that comes with the package.
+        TypeError: `machine` is no subclass of `Machine` with `fidelities` and `Config`.
+    """
+    if kind in _KINDS:
+        raise MachineError(
+            f"kind must not be one of the package's ({', '.join(_KINDS)}), got {kind!r}"
+        )
+    whole = isinstance(machine, type) and issubclass(machine, Machine)
+    if not whole or not all(hasattr(machine, name) for name in ("fidelities", "Config")):
+        raise TypeError(
+            "machine must be a subclass of Machine that sets fidelities and Config, "
+            f"got {machine!r}"
+        )
+    _registered[kind] = machine
+
+
+def _class_of(kind: str) -> type[Machine] | None:
+    if kind in _registered:
+        return _registered[kind]
+    if kind not in _KINDS:
+        return None
+    module, name = _KINDS[kind]
+    return getattr(import_module(module), name)
 
 
 def list_machines() -> list[str]:

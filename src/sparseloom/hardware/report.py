@@ -49,6 +49,8 @@ class Events:
         window: first cycle and one past the last.
         dropped: intervals that did not fit.
         tags: what a tag stands for.
+        component: the kind of stage whose cycles are counted here; None: every kind. Stages in
+            closed form that lie between simulated ones have no place on this axis.
     """
 
     units: tuple[str, ...]
@@ -57,6 +59,7 @@ class Events:
     window: tuple[int, int]
     dropped: int = 0
     tags: str = "row"
+    component: str | None = None
 
 
 @dataclass(frozen=True)
@@ -197,8 +200,15 @@ class Report:
         return results(self.rows(), command=command).to_json()
 
     def to_perfetto(self, path: str | PathLike[str]) -> None:
-        """Write the stages as a timeline that ui.perfetto.dev and chrome://tracing open."""
-        timeline.write(path, self.machine, self.clock_ghz, self.stages)
+        """Write a timeline that ui.perfetto.dev and chrome://tracing open.
+
+        It holds the stages, or, where events were kept, their window and a track for every unit.
+        The file is compressed where its name ends in `.gz`.
+        """
+        stages, only = self.stages, self.events and self.events.component
+        if only is not None:
+            stages = tuple(stage for stage in stages if stage.component == only)
+        timeline.write(path, self.machine, self.clock_ghz, stages, self.events)
 
 
 def _ceil(cycles: float) -> int:

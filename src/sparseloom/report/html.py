@@ -70,7 +70,7 @@ def write_report(
         title=title,
         summary=summary,
         results=results,
-        machines=sorted({name for row in results["rows"] for name in row.get("cycles") or {}}),
+        machines=_machines(results["rows"]),
         sections=rendered,
         notes=notes,
         plotlyjs=get_plotlyjs(),
@@ -79,6 +79,12 @@ def write_report(
     part = path.with_suffix(".part")
     part.write_text(page, "utf-8")
     part.replace(path)
+
+
+def _machines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Machines that comparison rows give cycles for; other rows have one number there."""
+    found = (row.get("cycles") for row in rows)
+    return sorted({name for cycles in found if isinstance(cycles, Mapping) for name in cycles})
 
 
 def _number(value: float | None, digits: int = 3) -> str:

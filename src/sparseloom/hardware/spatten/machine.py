@@ -156,6 +156,7 @@ class SpAtten(Machine):
                     run.log.intervals[:used],
                     options.window,
                     int(run.log.limits[1]),
+                    component="attention",
                 )
         return Report(
             machine=self.name,

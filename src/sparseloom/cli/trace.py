@@ -1,10 +1,9 @@
-"""`sparseloom trace` and `sparseloom simulate`: what ran, and what it costs on an accelerator."""
+"""`sparseloom trace`: what ran, and what each method kept of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,9 +20,7 @@ from sparseloom.cli.options import (
 )
 from sparseloom.cli.output import (
     Column,
-    Row,
     emit,
-    format_number,
     number,
     percent,
     progress_console,
@@ -31,7 +28,6 @@ from sparseloom.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from sparseloom.hardware.report import Fidelity
     from sparseloom.models import LoadedModel
 
 DEFAULT_METHODS = ("oracle:sparsity=0.9",)
@@ -126,73 +122,6 @@ def trace(
     )
 
 
-def simulate(
-    machine: Annotated[str, typer.Argument(help="As dota_asplos_2022; `info` lists them.")],
-    traces: Annotated[list[Path], typer.Argument(metavar="TRACE...", help="Trace folders.")],
-    selection: Annotated[
-        list[str] | None,
-        typer.Option("--selection", help="Selection to cost; may be repeated; default: all."),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the machine; may be repeated."),
-    ] = None,
-    timeline: Annotated[
-        Path | None, typer.Option("--timeline", help="Write a Perfetto timeline (one selection).")
-    ] = None,
-    fidelity: Annotated[str, typer.Option("--fidelity", help="Level of detail.")] = "analytic",
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Also write the results to this file.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Cost recorded traces on an accelerator: cycles, energy, area, stalls."""
-    from sparseloom import hardware
-    from sparseloom.results import results, write_results
-    from sparseloom.trace import Trace
-
-    described = hardware.load(machine, **hardware.parse_overrides(set_ or []))
-    loaded = [(path, Trace.load(path)) for path in traces]
-    runs = [
-        (path, one, name)
-        for path, one in loaded
-        for name in selection or ["dense", *(n for n in one.selections if n != "dense")]
-    ]
-    if timeline is not None and len(runs) != 1:
-        names = ", ".join(name for *_, name in runs)
-        raise ValueError(f"--timeline shows one run: choose one with --selection ({names})")
-    rows: list[dict[str, Any]] = []
-    for path, one, name in runs:
-        report = described.simulate(one, name, fidelity=cast("Fidelity", fidelity))
-        rows += [{**row, "trace": str(path)} for row in report.rows()]
-        if timeline is not None:
-            report.to_perfetto(timeline)
-    found = results(rows, command=command_line())
-    if out is not None:
-        write_results(out, found)
-    columns: list[Column] = [
-        ("machine", value("machine")),
-        ("trace", value("trace")),
-        ("selection", value("selection")),
-        ("scope", value("scope")),
-        ("cycles", number("cycles")),
-        ("against dense", _against_dense(rows)),
-        ("time", _time),
-        ("energy", _energy),
-        ("area mm²", number("area_mm2", 2)),
-        ("DRAM bytes", number("dram_bytes")),
-        ("utilisation", _utilisation),
-    ]
-    notes = sorted({str(note) for row in rows for note in row.get("assumptions") or []})
-    files = [str(file) for file in (out, timeline) if file is not None]
-    emit(
-        found,
-        as_json=as_json,
-        columns=columns,
-        notes=["", *(f"- {note}" for note in notes), *files],
-    )
-
-
 def _inputs(
     loaded: LoadedModel, *, task: str, data: Path | None, text: Path | None, length: int | None
 ) -> dict[str, Any]:
@@ -220,35 +149,3 @@ def _inputs(
         return_tensors="pt",
     )
     return {key: encoded[key] for key in ("input_ids", "attention_mask") if key in encoded}
-
-
-def _against_dense(rows: list[dict[str, Any]]) -> Callable[[Row], object]:
-    dense = {(row["trace"], row.get("scope")): row for row in rows if row["selection"] == "dense"}
-
-    def times(row: Row) -> str | None:
-        base = dense.get((row["trace"], row.get("scope")))
-        if base is None or row["selection"] == "dense" or not row.get("cycles"):
-            return None
-        return f"{base['cycles'] / row['cycles']:.2f}× fewer"
-
-    return times
-
-
-def _time(row: Row) -> str | None:
-    seconds = row.get("seconds")
-    return None if seconds is None else f"{seconds * 1e3:.3f} ms"
-
-
-def _energy(row: Row) -> str | None:
-    parts = row.get("energy_j")
-    if not parts:
-        return None
-    joules = sum(parts.values()) if isinstance(parts, dict) else float(parts)
-    return f"{joules * 1e3:.3f} mJ"
-
-
-def _utilisation(row: Row) -> str | None:
-    found = row.get("utilisation")
-    if isinstance(found, dict):
-        return ", ".join(f"{unit} {share:.0%}" for unit, share in found.items())
-    return None if found is None else f"{format_number(found * 100, 0)} %"
