@@ -64,6 +64,13 @@ def test_writes_and_reads_turn_the_bus_and_lose_no_byte() -> None:
     assert mixed.cycles < one_by_one / 3
 
 
+def test_without_drain_the_clocks_end_with_the_last_request_accepted() -> None:
+    config = load_memory("hbm2_2000")
+    addresses = np.arange(48) * 32
+    assert stream(config, addresses, per_clock=16, drain=False).cycles == 3
+    assert stream(config, addresses, per_clock=16).cycles > config.unloaded_read_clocks
+
+
 def test_refresh_takes_its_share_of_the_time() -> None:
     config = load_memory("hbm2_2000", channels=1)
     never = load_memory("hbm2_2000", channels=1, **{"refresh_clocks.interval": 0})

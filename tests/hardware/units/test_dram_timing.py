@@ -245,3 +245,54 @@ def test_a_shared_command_bus_carries_one_command_in_a_clock() -> None:
     split = load_memory("ddr4_2400", mapping="RoBaRaCoCh", command_bus="split")
     clocks = [entry.clock for entry in run(split, requests, 300)]
     assert len(set(clocks)) < len(clocks) == 16 + 32
+
+
+def test_a_hit_goes_before_an_older_request_to_another_row() -> None:
+    config = load_memory("hbm2_2000", **BASE)
+    requests = [R(0, 0, 0, 1), R(1, 0, 0, 2), R(60, 0, 0, 1, column=5)]
+    # The older request needs a PRE from clock 35 on: by clock 60 the row of the younger is gone.
+    log = run(config, requests, 200)
+    assert [(e.command, e.row) for e in log] == [
+        (ACT, 1),
+        (RD, 1),
+        (PRE, -1),
+        (ACT, 2),
+        (RD, 2),
+        (PRE, -1),
+        (ACT, 1),
+        (RD, 1),
+    ]
+    # Here the younger one comes while the row is open.
+    log = run(config, [*requests[:2], R(20, 0, 0, 1, column=5)], 200)
+    assert [(e.command, e.row) for e in log] == [
+        (ACT, 1),
+        (RD, 1),
+        (RD, 1),
+        (PRE, -1),
+        (ACT, 2),
+        (RD, 2),
+    ]
+
+
+def test_of_two_legal_commands_the_older_request_has_its_own() -> None:
+    config = load_memory("hbm2_2000", **BASE)
+    for groups in ((2, 1), (1, 2)):
+        log = run(config, [R(0, group, 0, 1) for group in groups], 60)
+        assert [e.bank for e in log if e.command == ACT] == [4 * group for group in groups]
+        opened = [R(0, group, 0, 1) for group in (1, 2)]
+        hits = [R(90, group, 0, 1, column=1) for group in groups]
+        log = run(config, [*opened, *hits], 120)
+        assert [e.bank for e in log if e.command == RD][2:] == [4 * group for group in groups]
+
+
+def test_writes_wait_for_the_end_of_the_reads_or_a_full_queue() -> None:
+    reads = [R(0, 0, 0, 1, column=column) for column in range(12)]
+    few = [R(0, 1, 0, 1, True, column) for column in range(3)]
+    config = load_memory("hbm2_2000", **BASE)
+    commands = [e.command for e in run(config, reads + few, 300) if e.command in (RD, WR)]
+    assert commands == [RD] * 12 + [WR] * 3
+    # Four of five entries are 80 %: writes go first, down to less than 20 %: none.
+    small = load_memory("hbm2_2000", **BASE, **{"controller.write_entries": 5})
+    many = [R(0, 1, 0, 1, True, column) for column in range(4)]
+    commands = [e.command for e in run(small, reads + many, 300) if e.command in (RD, WR)]
+    assert commands == [WR] * 4 + [RD] * 12
