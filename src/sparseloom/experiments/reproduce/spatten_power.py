@@ -8,7 +8,12 @@ from functools import partial
 from statistics import fmean
 
 from sparseloom.experiments.reproduce.rows import Row, row
-from sparseloom.experiments.reproduce.spatten_area import SRAM_CUTS, area_rows, power_rows
+from sparseloom.experiments.reproduce.spatten_area import (
+    SHORT_CUTS,
+    SRAM_CUTS,
+    area_rows,
+    power_rows,
+)
 from sparseloom.experiments.reproduce.spatten_rivals import table3 as rivals
 from sparseloom.experiments.reproduce.spatten_runs import (
     BERT,
@@ -51,12 +56,13 @@ def table2() -> list[Row]:
     """Table II: power of logic, SRAM and DRAM of the full machine."""
     done = gpt2_mean()
     rows: list[Row] = []
-    for cut, base in SRAM_CUTS.items():
+    for (cut, base), short in zip(SRAM_CUTS.items(), SHORT_CUTS, strict=True):
         model = replace(base, memory="oconnor_hbm2")
         for part, watts in parts(model, done).items():
             rows.append(
                 _add(
-                    "table2", f"power of {part} (W), tables alone", _PUBLISHED_PARTS[part], watts,
+                    "table2", f"power of {part} (W), tables alone, {short}, simulated activity",
+                    _PUBLISHED_PARTS[part], watts,
                     basis="scenario", assumptions=(_SIMULATED, GPT2_RATIOS, cut, _WORST),
                 )
             )  # fmt: skip
@@ -74,7 +80,8 @@ def table3() -> list[Row]:
 
 
 def _power(done: Activity) -> list[Row]:
-    return [*power_rows(), *power_rows(done, activity_name=f"{_SIMULATED}; {GPT2_RATIOS}")]
+    given = f"{_SIMULATED}; {GPT2_RATIOS}"
+    return [*power_rows(), *power_rows(done, activity_name=given, label="simulated activity")]
 
 
 def _of(table: str, rows: Iterable[Row]) -> list[Row]:
