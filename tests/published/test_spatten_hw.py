@@ -6,6 +6,10 @@ Only short simulations run here; `sparseloom reproduce spatten-hw` runs them all
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from sparseloom.experiments.reproduce import find_tables
@@ -21,8 +25,100 @@ from sparseloom.experiments.reproduce.spatten_published import (
 )
 from sparseloom.experiments.reproduce.spatten_speed import headline
 from sparseloom.hardware.energy_model import EnergyModel
+from sparseloom.results import read_results
 
 COLA = "bert-base-cola"
+ROOT = Path(__file__).parents[2]
+# Rows that docs/reproducing_spatten.md quotes.
+QUOTED: dict[str, tuple[str, ...]] = {
+    "headline": (
+        "reduction of tokens and values, all 30 (arithmetic mean)",
+        "reduction of tokens and values, GPT-2 (geometric mean)",
+        "reduction of heads, all 30 (arithmetic mean)",
+        "reduction of computation, all 30 (arithmetic mean)",
+        "reduction of DRAM access, fetched bytes, all 30 (arithmetic mean)",
+        "reduction of DRAM access, fetched bytes, all 30 (geometric mean)",
+    ),
+    "table2": (
+        "power of logic (W), tables alone, one bank per SRAM, simulated activity",
+        "power of SRAM (W), tables alone, one bank per SRAM, simulated activity",
+        "power of SRAM (W), tables alone, banks of 512 bits, simulated activity",
+        "power of DRAM (W), tables alone, one bank per SRAM, simulated activity",
+    ),
+    "fig13": (
+        "area (mm²), tables alone, one bank per SRAM",
+        "area (mm²), tables alone, banks of 512 bits",
+        "area (mm²), one factor per module, one bank per SRAM",
+    ),
+    "table3": (
+        "SpAtten-1/8 over A3, throughput, one unit for both",
+        "SpAtten-1/8 simulated, GOP/s (two operations per MAC)",
+        "SpAtten-1/8 simulated, GOP/J (two operations per MAC), tables alone",
+        "power (W), factors of the full machine, one bank per SRAM, published activity, "
+        "24 KiB each",
+        "area (mm²), factors of the full machine, one bank per SRAM, 24 KiB each",
+    ),
+    "table4": (
+        "SpAtten-e2e, fully connected, ms",
+        "SpAtten-e2e, attention, ms",
+        "TITAN Xp, attention, ms",
+        "whole, TITAN Xp over SpAtten-e2e",
+    ),
+    "fig14": (
+        "geometric mean over all 30: speed-up over titan_xp",
+        "geometric mean over 22 of BERT: speed-up over titan_xp",
+        "geometric mean over 8 of GPT-2: speed-up over titan_xp",
+        "bert-base-cola: speed-up over titan_xp",
+        "bert-base-squad1: speed-up over titan_xp",
+        "geometric mean over 22 of BERT: speed-up over xeon_e5_2640v4",
+        "geometric mean over 8 of GPT-2: energy saving over titan_xp",
+        "geometric mean over 22 of BERT: energy saving over titan_xp",
+    ),
+    "fig15": (
+        "geometric mean: 12-bit weights over titan_xp",
+        "geometric mean: 8-bit weights over titan_xp",
+        "geometric mean: 8-bit weights over xeon_e5_2640v4",
+    ),
+    "fig18": (
+        "bert: SpAtten, TFLOPS",
+        "bert: SpAtten, operations per byte",
+        "gpt2: SpAtten, TFLOPS",
+        "gpt2: SpAtten, operations per byte",
+    ),
+    "fig19": (
+        "throughput at 1 lanes over 16, ranked per layer",
+        "throughput at 4 lanes over 16, ranked per layer",
+        "throughput at 32 lanes over 16, ranked per layer",
+        "throughput at 32 lanes over 16, ranked per row",
+        "throughput at 196 KB of SRAM over 392",
+        "throughput at 784 KB of SRAM over 392",
+    ),
+    "fig20": (
+        "datapath: over TITAN Xp",
+        "+ token and value pruning: over the step before",
+        "+ head pruning: over the step before",
+        "+ top-k engine of 16: over the step before",
+        "+ static quantisation: over the step before",
+        "+ progressive quantisation: over the step before",
+        "pruning and top-k engine together",
+        "quantisation together",
+        "everything: over TITAN Xp",
+    ),
+}
+
+
+@cache
+def stored() -> dict[tuple[str, str], dict[str, Any]]:
+    rows = [row.model_dump() for row in read_results(ROOT / "results/spatten_hw.json").rows]
+    return {(row["table"], row["quantity"]): row for row in rows}
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as the page prints it."""
+    numbers = [row["published"], row["ours"]]
+    shown = [f"{x:,.0f}" if x >= 1000 else f"{x:.3g}" for x in numbers]
+    cells = [row["table"], row["quantity"], *shown]
+    return "| " + " | ".join([*cells, f"{row['difference']:+.0%}", row["basis"]]) + " |"
 
 
 def test_both_names_give_the_same_tables() -> None:
@@ -98,3 +194,33 @@ def test_rows_without_a_simulation() -> None:
     calibrated = [row["difference"] for row in rows if row["basis"] == "calibrated"]
     assert calibrated
     assert calibrated == pytest.approx([0.0] * len(calibrated), abs=1e-9)
+
+
+def test_stored_rows_say_what_they_rest_on() -> None:
+    rows = stored()
+    assert {table for table, _ in rows} == {table.name for table in find_tables("spatten-hw")}
+    for row in rows.values():
+        assert row["basis"] in ("identity", "calibrated", "predicted", "scenario")
+        assert row["assumptions"] or row["basis"] != "scenario", row["quantity"]
+        if row["basis"] == "identity" and row["tolerance"] is not None:
+            assert row["within"], row["quantity"]
+        if row["basis"] == "calibrated" and row["difference"] is not None:
+            assert abs(row["difference"]) < 0.005, row["quantity"]
+    assert all(("fig14", f"{name}: attention on SpAtten, ms") in rows for name in runs.NAMES)
+
+
+def test_the_page_says_what_is_stored() -> None:
+    text = (ROOT / "docs/reproducing_spatten.md").read_text("utf-8")
+    for table, quantities in QUOTED.items():
+        for quantity in quantities:
+            assert line(stored()[table, quantity]) in text
+    # Nothing else stands in the table, and every large difference has its section.
+    assert text.count("\n| ") == 1 + sum(map(len, QUOTED.values()))
+    far = {r["table"] for r in stored().values() if abs(r["difference"] or 0) > 0.25}
+    assert all(f"\n### {table}\n" in text for table in far)
+
+
+def test_stored_cycles_are_those_of_today() -> None:
+    name = f"{COLA}: attention on SpAtten, ms"
+    ours = runs.report(runs.Case(COLA)).seconds * 1e3
+    assert ours == pytest.approx(stored()["fig14", name]["ours"], rel=0.05)

@@ -68,7 +68,8 @@ def fig18() -> list[Row]:
                 assumptions=(*given, _INTENSITY)),
             add(f"{family}: dense fp32, operations per byte", points[2],
                 fmean(_intensity(Case(name, "dense")) for name in names),
-                basis="predicted" if family == "gpt2" else "scenario",
+                basis="identity" if family == "gpt2" else "scenario",
+                tolerance=0.01 if family == "gpt2" else None,
                 assumptions=() if family == "gpt2" else (assumed(family)[0],),
                 note="outputs in fp32 here"),
             add(f"{family}: {slow}", points[3], fmean(gpu), basis="scenario",
@@ -173,10 +174,11 @@ def fig19() -> list[Row]:
     whole = 1e3 * tera_operations(_lines(392))
     for kilobytes, published in _SRAM_KB.items():
         ours = 1e3 * tera_operations(_lines(kilobytes))
-        given = (_APPLICATION, _SAMPLE, _COUNT)
+        given = (_APPLICATION, _SAMPLE, _COUNT, _UNPACKED)
+        note = limits(report(_lines(kilobytes)))
         rows += [
             _add("fig19", f"GFLOPS, {kilobytes} KB of K and V SRAM", published, ours,
-                 basis="scenario", assumptions=given),
+                 basis="scenario", assumptions=given, note=note),
             _add("fig19", f"throughput at {kilobytes} KB of SRAM over 392", published / 785,
                  ours / whole, basis="scenario", assumptions=given),
         ]  # fmt: skip
