@@ -60,7 +60,9 @@ def _cached(function: _F, *, counted: bool) -> _F:
     # The names of the files on disk hold this name: those of older sources are never opened, which
     # matters because reading them would look for classes that may be gone.
     plain.__qualname__ = f"{plain.__qualname__}.{_stamp():08x}"
-    options: Any = {"nogil": True, "_nrt": counted, "cache": True}
+    # What was typed at a prompt or stands in a page has no file that numba could watch.
+    kept = Path(plain.__code__.co_filename).suffix == ".py"
+    options: Any = {"nogil": True, "_nrt": counted, "cache": kept}
     return cast("_F", numba.njit(**options)(plain))
 
 
