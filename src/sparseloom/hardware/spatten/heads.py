@@ -108,7 +108,8 @@ def _generated(
     heads: list[int],
     probabilities: np.ndarray | None,
 ) -> Head | None:
-    """One new token: each row picks its values."""
+    """One new token: heads of a load score all its keys, and each uses the values it kept."""
+    each: list[np.ndarray] = []
     if call.mask is None:
         ids = np.flatnonzero(_valid(operator, call, padding, sequence))
     else:
@@ -121,11 +122,11 @@ def _generated(
             ids = ids[_valid(operator, call, padding, sequence)[ids]]
     if ids.size == 0:
         return None
-    value_ids = [ids] * len(heads)
+    value_ids = each or [ids] * len(heads)
     if call.value_mask is not None:
         value_ids = [_row(call.value_mask, sequence, head, operator) for head in heads]
-        if padding is not None:
-            value_ids = [np.intersect1d(mine, ids) for mine in value_ids]
+    if padding is not None:
+        value_ids = [np.intersect1d(mine, ids) for mine in value_ids]
     refetch = np.zeros(len(heads), np.int64)
     if call.lsb_refetch is not None:
         refetch[:] = call.lsb_refetch[sequence, heads, 0]

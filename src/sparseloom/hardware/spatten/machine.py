@@ -170,7 +170,9 @@ class SpAtten(Machine):
             energy_table=model.name,
             area=self.area(),
             actions={f"{a.component} {a.op} {a.bits}b": a.count for a in actions},
-            utilisation=_utilisation(activity, cycles, whole, moved, self.memory),
+            utilisation=_utilisation(
+                activity, cycles, whole, moved, self.memory, s.keys_per_cycle(jobs.head_dim)
+            ),
             dram_preset=s.dram.preset,
             dram_bytes=moved,
             useful_bytes=useful,
@@ -316,13 +318,13 @@ def _utilisation(
     whole: float,
     moved: int,
     memory: MemoryConfig,
+    per_line: int,
 ) -> dict[str, float]:
     if not whole:
         return {}
-    per_line = done.scores / max(1, done.score_lines)
     return {
         "scores": done.score_lines / max(1.0, cycles),
-        "scores_useful": done.scores / max(1.0, cycles * max(per_line, 1.0)),
+        "scores_useful": done.scores / max(1.0, cycles * per_line),
         "values": done.value_lines / max(1.0, cycles),
         "dram": min(1.0, moved / (whole * memory.peak_bytes_per_clock)),
     }

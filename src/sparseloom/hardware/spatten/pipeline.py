@@ -48,9 +48,9 @@ def step_values(
     z: Sizes, s: State, loads: np.ndarray, rows: np.ndarray, log: Log, now: int
 ) -> None:
     """Module 11: a line of values times its probabilities, and the row's end (12)."""
+    note(log, st.HEAD_SCORE, st.IDLE, -1, now)
     if fifo.used(s.queues, st.TO_VALUES) == 0:
         note(log, st.VALUES, st.IDLE, -1, now)
-        note(log, st.HEAD_SCORE, st.IDLE, -1, now)
         return
     row = fifo.peek(s.queues, st.TO_VALUES)
     load = rows[row, N_LOAD]
@@ -75,6 +75,8 @@ def step_values(
         s.counts[st.C_VALUES] += upto - line * z.keys_per_line
         s.registers[st.R_VALUE_LINE] = line + 1
         note(log, st.VALUES, st.BUSY, row, now)
+    else:
+        note(log, st.VALUES, st.IDLE, row, now)  # it keeps no value
     if s.registers[st.R_VALUE_LINE] < lines:
         return
     fifo.pop(s.queues, st.TO_VALUES)
