@@ -63,7 +63,7 @@ def test_seeds_change_pivots_and_nothing_else(traces: dict[str, Trace]) -> None:
     ],
 )
 def test_what_does_not_fit_is_said_at_once(
-    maker: Any, settings: dict[str, int], lengths: tuple[int, int], message: str
+    maker: Any, settings: dict[str, Any], lengths: tuple[int, int], message: str
 ) -> None:
     trace = maker().trace([lengths], lambda _: AttentionCall(key_bits=8, value_bits=8))
     for fidelity in ("analytic", "cycle"):
@@ -102,7 +102,7 @@ def test_a_busy_machine_with_one_kv_head(maker: Any) -> None:
     trace = maker(heads=71, kv_heads=1).trace(
         [(1, 9)] * 20, lambda _: AttentionCall(key_bits=8, value_bits=8)
     )
-    _, run = _run(_machine(**{"value_sram.lines": 4096}), trace)
+    _, run = _run(_machine("spatten_hpca_2021", **{"value_sram.lines": 4096}), trace)
     assert run.state.counts[st.C_SCORES] == 2 * 20 * 71 * 9
 
 

@@ -212,7 +212,7 @@ def test_reruns_in_either_order_do_the_same_work(order: str, traces: dict[str, T
     m = _machine("spatten_hpca_2021", **{"progressive.order": order})
     run = cycle.run(m.settings, m.memory, m.jobs(trace, trace.selection()))
     wanted = _count(trace, 8)
-    flags = sum(int(np.sum(call.lsb_refetch)) for call in trace.selection().calls)
+    flags = sum(int(np.sum(np.asarray(call.lsb_refetch))) for call in trace.selection().calls)
     assert run.state.counts[st.C_RERUNS] == flags == wanted.reruns > 0
     assert run.state.counts[st.C_RERUN_SCORES] == wanted.rerun_scores
     assert run.state.counts[st.C_SCORES] == wanted.scores

@@ -196,24 +196,24 @@ a wider array can be slower.
 """
 
 
-@settings(deadline=None, max_examples=40)
-@given(_DESIGN, some.integers(0, 4), some.sampled_from([0.0, 1.0]))
-def test_more_is_never_slower_in_closed_form(
-    traces: dict[str, Trace], narrow: tuple[float, ...], column: int, merge: float
-) -> None:
-    designs = np.array([[*narrow, merge]] * 2)
-    designs[1, column] *= 2
-    for found in _kinds(*traces.values()):
-        one, two = analytic.cycles(found, designs)
-        # A wider array has one more level of adders behind it.
-        assert two <= one * (1 + 1e-12) + (column == analytic.D_MULTIPLIERS)
-
-
-@cache
-def _kinds(*traces: Trace) -> list[analytic.Kinds]:
+def test_more_is_never_slower_in_closed_form(traces: dict[str, Trace]) -> None:
     m = _machine()
-    jobs = [m.jobs(trace, trace.selection()) for trace in traces]
-    return [analytic.kinds(one, sizes(m.settings, one.head_dim)) for one in jobs]
+    jobs = [m.jobs(trace, trace.selection()) for trace in traces.values()]
+    every = [analytic.kinds(one, sizes(m.settings, one.head_dim)) for one in jobs]
+
+    # Inside, so that a failure does not print the traces.
+    @settings(deadline=None, max_examples=40)
+    @given(_DESIGN, some.integers(0, 4), some.sampled_from([0.0, 1.0]))
+    def check(narrow: tuple[float, ...], column: int, merge: float) -> None:
+        designs = np.array([[*narrow, merge]] * 2)
+        designs[1, column] *= 2
+        for found in every:
+            one, two = analytic.cycles(found, designs)
+            # A wider array has one more level of adders, to be filled anew after every ranking.
+            fills = 1 + int(found.loads[found.loads[:, 2] > 0, 0].sum())
+            assert two <= one * (1 + 1e-12) + fills * (column == analytic.D_MULTIPLIERS)
+
+    check()
 
 
 # ----------------------------------------------------------------------------- linear layers
