@@ -28,6 +28,7 @@ from sparseloom.hardware.energy_model import EnergyModel
 from sparseloom.results import read_results
 
 COLA = "bert-base-cola"
+TOKEN: dict[str, tuple[int, ...]] = {COLA: (), runs.SMALL: (18,)}
 ROOT = Path(__file__).parents[2]
 # Rows that docs/reproducing_spatten.md quotes.
 QUOTED: dict[str, tuple[str, ...]] = {
@@ -147,14 +148,16 @@ def test_operations_of_dense_gpt2() -> None:
 
 def test_variants_leave_less_and_less() -> None:
     order: tuple[runs.Variant, ...] = ("dense", "tokens", "heads", "static", "full")
-    for name in (COLA, runs.SMALL, runs.MEDIUM):
-        useful = [runs.traffic(runs.Case(name, variant)).useful for variant in order]
-        work = [runs.operations(runs.Case(name, variant)) for variant in order]
+    for name in (COLA, runs.SMALL):
+        cases = [runs.Case(name, variant, tokens=TOKEN[name]) for variant in order]
+        useful = [runs.traffic(case).useful for case in cases]
+        work = [runs.operations(case) for case in cases]
         assert useful == sorted(useful, reverse=True)
         assert work == sorted(work, reverse=True)
-    assert runs.traffic(runs.Case(runs.SMALL, "full")).useful < useful[0] / 20
-    everything = runs.operations(runs.Case(runs.MEDIUM, "all heads"))
-    assert work[2] < everything < work[1] * 1.0001
+        assert work[0] > work[1]
+        assert useful[2] > useful[3]
+    assert useful[-1] < useful[0] / 20
+    assert useful[3] > useful[4]
 
 
 def test_sampled_tokens_fetch_low_bits_as_often_as_all() -> None:

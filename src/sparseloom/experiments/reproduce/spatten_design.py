@@ -113,10 +113,11 @@ def traces() -> list[Row]:
             add(f"{label}: MB from DRAM", "not published", found.dram_bytes / 1e6,
                 basis="scenario", assumptions=(GPT2_RATIOS,)),
             add(f"{label}: million cycles, cycle by cycle", "not published", found.cycles / 1e6,
-                basis="scenario", assumptions=(GPT2_RATIOS,), note=limits(found)),
+                basis="scenario", assumptions=(GPT2_RATIOS,),
+                note=f"{label}: {limits(found)}"),
             add(f"{label}: million cycles, closed form", "not published", quick.cycles / 1e6,
                 basis="scenario", assumptions=(GPT2_RATIOS,),
-                note=f"both arrays busy in every cycle: {bound:.2f}"),
+                note=f"{label}, both arrays busy in every cycle: {bound:.2f}"),
         ]  # fmt: skip
     rows.append(
         _add(
@@ -163,7 +164,7 @@ def fig19() -> list[Row]:
         ours = {lanes: 1e3 * tera_operations(_lanes(lanes, rule)) for lanes in _LANES}
         for lanes, published in _LANES.items():
             given = (_APPLICATION, said, _EMIT, _SAMPLE, _COUNT)
-            note = limits(report(_lanes(lanes, rule)))
+            note = f"{lanes} lanes, ranked per {rule}: {limits(report(_lanes(lanes, rule)))}"
             rows += [
                 _add("fig19", f"GFLOPS, {lanes} lanes, ranked per {rule}", published, ours[lanes],
                      basis="scenario", assumptions=given, note=note),
@@ -175,7 +176,7 @@ def fig19() -> list[Row]:
     for kilobytes, published in _SRAM_KB.items():
         ours = 1e3 * tera_operations(_lines(kilobytes))
         given = (_APPLICATION, _SAMPLE, _COUNT, _UNPACKED)
-        note = limits(report(_lines(kilobytes)))
+        note = f"{kilobytes} KB of SRAM: {limits(report(_lines(kilobytes)))}"
         rows += [
             _add("fig19", f"GFLOPS, {kilobytes} KB of K and V SRAM", published, ours,
                  basis="scenario", assumptions=given, note=note),
@@ -211,7 +212,8 @@ def fig20() -> list[Row]:
     for i, (label, _, settings, published) in enumerate(_STEPS):
         serial = (_SERIAL,) if settings else ()
         base = gpu if i == 0 else times[i - 1]
-        note = "; ".join(f"{name[:11]}: {limits(report(_step(i, name)))}" for name in GPT2[::4])
+        said = (f"{name}: {limits(report(_step(i, name)))}" for name in (SMALL, MEDIUM))
+        note = f"{label}: {'; '.join(said)}"
         rows.append(
             _add(
                 "fig20", f"{label}: over the step before" if i else "datapath: over TITAN Xp",

@@ -14,6 +14,7 @@ import numpy as np
 
 from sparseloom import hardware
 from sparseloom.experiments.reproduce.rows import Row, row
+from sparseloom.experiments.reproduce.spatten_published import DEVICES, FIGURE_14, FIGURE_15
 from sparseloom.hardware.a3 import A3
 from sparseloom.hardware.energy_model import EnergyModel
 from sparseloom.hardware.report import Report
@@ -26,15 +27,15 @@ _A3_SPEEDUP = 1.73  # geometric mean over the benchmarks, as SpAtten prints it
 _UNITS = (("one operation per MAC", 1), ("two operations per MAC", 2))
 _MIXED = "table III counts MACs once for A3 and MnnFast and twice for SpAtten-1/8"
 _GAUSSIAN = "independent Gaussian queries, keys and values, n = 320, 12 heads, seed 0"
-# Speed-ups of SpAtten on GPT-2-Medium (wt2, wt103, ptb, 1bw) over each device, figure 14.
+_MEDIUM = [name for name in FIGURE_15 if name.startswith("gpt2-medium")]
+# Speed-ups of SpAtten on GPT-2-Medium over each device, and of SpAtten-e2e with 8-bit weights.
 _FIGURE_14 = {
-    "titan_xp": (135, 147, 208, 304),
-    "xeon_e5_2640v4": (542, 592, 836, 1221),
-    "jetson_nano": (2075, 2266, 3199, 4675),
-    "raspberry_pi_4": (15681, 17128, 24177, 35333),
+    name: tuple(FIGURE_14[text][column] for text in _MEDIUM) for column, name in enumerate(DEVICES)
 }
-# Speed-ups of SpAtten-e2e (8 bits) on the same four, figure 15.
-_FIGURE_15 = {"titan_xp": (27, 27, 27, 28), "xeon_e5_2640v4": (104, 105, 108, 110)}
+_FIGURE_15 = {
+    name: tuple(FIGURE_15[text][column] for text in _MEDIUM)
+    for column, name in ((1, DEVICES[0]), (3, DEVICES[1]))
+}
 _TITAN_ATTENTION_MS, _TITAN_FC_MS = 366.7, 388.3
 
 

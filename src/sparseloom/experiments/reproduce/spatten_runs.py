@@ -169,14 +169,14 @@ def _operations(name: str, variant: Variant, tokens: tuple[int, ...]) -> float:
 
 
 def traffic(case: Case) -> Traffic:
-    """Bytes of keys and values, whole benchmark."""
+    """Bytes of keys and values."""
     case = case.canonical
-    return _traffic(case.name, case.variant)
+    return _traffic(case.name, case.variant, case.tokens)
 
 
 @cache
-def _traffic(name: str, variant: Variant) -> Traffic:
-    trace, selection = _workload(name, variant, "attention", ())
+def _traffic(name: str, variant: Variant, tokens: tuple[int, ...]) -> Traffic:
+    trace, selection = _workload(name, variant, "attention", tokens)
     return trace_traffic(trace, selection.name)
 
 

@@ -71,7 +71,7 @@ def fig14() -> list[Row]:
         rows.append(
             _add(
                 "fig14", f"{name}: attention on SpAtten, ms", "not published", found.seconds * 1e3,
-                basis="scenario", assumptions=assumed(name), note=limits(found),
+                basis="scenario", assumptions=assumed(name), note=f"{name}: {limits(found)}",
             )
         )  # fmt: skip
     for i, what in enumerate(_columns()):
@@ -154,7 +154,7 @@ def table4() -> list[Row]:
             assumptions=(bandwidth,),
             note="the published time is 0.73 of the memory's peak; ours streams faster"),
         add("SpAtten-e2e, attention, ms", 2.13, ours["attention"], basis="scenario",
-            assumptions=e2e, note=limits(found)),
+            assumptions=e2e, note=f"attention on SpAtten-e2e: {limits(found)}"),
         add("SpAtten-e2e, share of attention", 0.076, ours["attention"] / whole,
             basis="scenario", assumptions=e2e),
         add("SpAtten-e2e, attention, GFLOP", 0.9, operations(Case(MEDIUM, "all heads")) / 1e9,
