@@ -1,10 +1,11 @@
 // Scores of 16 rows with all keys, by AMX, 128 keys at a time; the products of the next 128 run
 // while the caller works on these.
 //
-// On Sapphire Rapids a product into a tile that TILEZERO made waits for the product before it: 50
-// cycles instead of 16. So tiles are never emptied. They keep their sums while they are stored, and
-// the next product takes them off again: rows are [-q, q], columns [the last keys, these keys].
-// What sums start from is loaded into the tiles once.
+// Tiles are never emptied by TILEZERO: on Sapphire Rapids a product into a tile that it made was
+// once seen to take 50 cycles instead of 16. Products without it were later seen to take 50 and
+// more, too. Tiles keep their sums while they are stored, and the next product takes them off
+// again: rows are [-q, q], columns [the last keys, these keys]. What sums start from is loaded into
+// the tiles once.
 #pragma once
 
 #include "product.hpp"
