@@ -3,6 +3,7 @@
     python benchmarks/costs.py                 # every tier that this processor has, widest first
     python benchmarks/costs.py --tier avx2     # one, replaced in the file
     python benchmarks/costs.py --check         # where the rule selects: how long that takes now
+    python benchmarks/costs.py --check --length 8192 --limit 300
 
 Narrower tiers run in processes in which PyTorch and its libraries are narrowed as well, so that
 dense attention is what a processor without the wider instructions has.
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -62,12 +64,14 @@ def calibrated(tier: str, repeats: int) -> costs.CostTable:
     return table
 
 
-def checked(repeats: int, limit_s: float) -> list[tuple[float, float, costs.AttentionShape, str]]:
+def checked(
+    lengths: Sequence[int], repeats: int, limit_s: float
+) -> list[tuple[float, float, costs.AttentionShape, str]]:
     """Calls that the rule in use runs sparse: time over that of dense, expected ratio, shape and
     settings; those that took longest over dense first. Stops after `limit_s`."""
     found: list[tuple[float, float, costs.AttentionShape, str]] = []
     began = time.monotonic()
-    for length in CHECKED_LENGTHS:
+    for length in lengths:
         for block in ((1, 1), (8, 1)):
             for share in CHECKED_SPARSITIES:
                 case = AttentionCase(
@@ -96,10 +100,11 @@ def main() -> None:
     parser.add_argument("--tier", action="append", choices=list(NARROWED))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--length", type=int, action="append", help="--check: tokens, these alone")
     parser.add_argument("--limit", type=float, default=120.0, help="--check: seconds, about")
     wanted = parser.parse_args()
     if wanted.check:
-        rows = checked(wanted.repeats, wanted.limit)
+        rows = checked(wanted.length or CHECKED_LENGTHS, wanted.repeats, wanted.limit)
         over = sum(row[0] > ALLOWED for row in rows)
         sys.stdout.write(f"{len(rows)} calls run sparse, {over} of them over {ALLOWED} x dense\n")
         for ratio, expected, shape, what in rows[:10]:
