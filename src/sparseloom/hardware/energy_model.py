@@ -55,8 +55,8 @@ class EnergyModel:
             the area of 12 macros of 512 bits.
 
     An access narrower than the narrowest port of the grid costs that whole port. FIFOs smaller
-    than the smallest macro, of narrower words, or of 32 words and fewer, are registers. Leakage of logic scales as its
-    area does.
+    than the smallest macro, of narrower words, or of 32 words and fewer, are registers. Leakage of
+    logic scales as its area does.
 
     Raises:
         MachineError: of every method: something that no table has, in one sentence.

@@ -30,8 +30,8 @@ class Kinds(NamedTuple):
     loads (kinds, 5): how many, atoms, tokens ranked from and to, first entry in `rows`.
     rows (entries, 4): how many, keys, values, whether low bits are fetched again.
     ends (kinds + 1): where the entries of each kind begin.
-    fill: cycles of the pipeline from a request to its output, without the levels of adders that
-    the keys of a line need. head_dim: values in a vector.
+    fill: cycles of the pipeline from a request to its output, without the few levels of
+    adders that depend on the keys in a line. head_dim: values in a vector.
     """
 
     loads: np.ndarray
@@ -87,12 +87,13 @@ def cycles(found: Kinds, designs: np.ndarray) -> np.ndarray:
     arrays, array = _distinct(designs[:, [D_MULTIPLIERS, D_SOFTMAX]])
     engines, engine = _distinct(designs[:, [D_TOPK, D_EMIT, D_MERGE]])
     kinds_, starts = len(found.loads), found.ends[:-1]
-    work, fill = np.zeros((len(arrays), kinds_)), np.zeros(len(arrays))
+    work = np.zeros((len(arrays), kinds_))
     for i, (multipliers, softmax) in enumerate(arrays):
         per_line = multipliers // found.head_dim
-        fill[i] = found.fill + np.ceil(np.log2(per_line))
         lines = np.ceil(found.rows[:, 1:3] / per_line)
-        lines[:, 0] *= np.ceil(per_line / softmax) * (1 + found.rows[:, 3])
+        # A line is scored in a cycle, and the softmax takes so many scores.
+        lines[:, 0] = np.maximum(lines[:, 0], found.rows[:, 1] / softmax)
+        lines[:, 0] *= 1 + found.rows[:, 3]
         sums = np.add.reduceat(found.rows[:, :1] * lines, starts, axis=0)
         work[i] = sums.max(axis=1)
     chosen, ranked = np.zeros((len(engines), kinds_)), np.zeros((len(engines), kinds_))
@@ -100,13 +101,12 @@ def cycles(found: Kinds, designs: np.ndarray) -> np.ndarray:
         each = found.rows[:, 0] * _selection(found.rows[:, 1], found.rows[:, 2], lanes, emit, merge)
         chosen[i] = np.add.reduceat(each, starts)
         one = _selection(found.loads[:, 2], found.loads[:, 3], lanes, emit, merge)
-        ranked[i] = one
-    out = fill[array]
-    refills = (found.loads[:, 2] > 0).astype(np.float64)
+        ranked[i] = np.where(found.loads[:, 2] > 0, one + found.fill, 0.0)
+    out = np.full(len(designs), found.fill)
     fetched = found.loads[:, 1] * float(ATOM)
     times = found.loads[:, 0].astype(np.float64)
     per_byte = 1 / designs[:, D_BYTES]
-    _add_up(fetched, times, refills, work, fill, chosen, ranked, per_byte, array, engine, out)
+    _add_up(fetched, times, work, chosen, ranked, per_byte, array, engine, out)
     return out
 
 
@@ -157,9 +157,7 @@ def _harmonic(n: np.ndarray) -> np.ndarray:
 def _add_up(
     fetched: np.ndarray,
     times: np.ndarray,
-    refills: np.ndarray,
     work: np.ndarray,
-    fill: np.ndarray,
     chosen: np.ndarray,
     ranked: np.ndarray,
     per_byte: np.ndarray,
@@ -171,4 +169,4 @@ def _add_up(
         a, e = array[d], engine[d]
         for i in range(times.shape[0]):
             took = max(fetched[i] * per_byte[d], max(work[a, i], chosen[e, i]))
-            out[d] += times[i] * (took + ranked[e, i] + refills[i] * fill[a])
+            out[d] += times[i] * (took + ranked[e, i])

@@ -60,9 +60,11 @@ class Regions:
         """The vectors of one KV head at one call; `pair`: of this one and the next together."""
         width = operator.head_dim
         bits = FULL_BITS if call.key_bits is None else call.key_bits
-        low_bits = call.lsb_bits if call.lsb_refetch is not None and call.lsb_bits else 0
-        if call.lsb_refetch is None and call.lsb_bits:
-            bits += call.lsb_bits
+        # Progressive quantisation is for generation; a prompt's keys are read whole.
+        progressive = call.lsb_refetch is not None and operator.q_len == 1
+        low_bits = call.lsb_bits or 0
+        if not progressive and (call.lsb_refetch is None or call.lsb_refetch.any()):
+            bits, low_bits = bits + low_bits, 0
         packed = bits == 6 and self._pack == 2 and operator.heads == operator.kv_heads
         value_bits = FULL_BITS if call.value_bits is None else call.value_bits
         place = ((operator.layer or 0) * self._batch + sequence) * self._kv_heads

@@ -32,7 +32,6 @@ def linear_stages(
     on chip. Where tokens have left, the rows of later products leave too (section III-A; the
     tokens of a block are ranked before its feed-forward part).
     """
-    calls = iter(zip(workload.attention(), selection.calls, strict=True))
     share = after = 1.0
     upcoming = list(_shares(workload, selection))
     position = -1
@@ -40,7 +39,6 @@ def linear_stages(
     macs_per_cycle = config.scores.multipliers + config.values.multipliers
     for operator in workload.operators:
         if operator.is_attention:
-            next(calls)
             position += 1
             after = upcoming[min(position + 1, len(upcoming) - 1)]
             if position + 1 < len(upcoming) and after > upcoming[position]:

@@ -118,10 +118,10 @@ class SpAtten(Machine):
         jobs = self.jobs(trace, selection, options.seed)
         sizes = st.sizes(s, jobs.head_dim)
         linear: list[Stage] = []
-        if s.fully_connected.enabled:
+        products = any(operator.kind == "gemm" for operator in workload.operators)
+        if s.fully_connected.enabled and products:
             linear = linear_stages(s, workload, selection, measured_bandwidth(self.memory))
-            if linear:
-                jobs = _drained(jobs)
+            jobs = _drained(jobs)
         if options.fidelity == "cycle":
             window = options.window or (0, 0)
             run = cycle.run(s, self.memory, jobs, seed=options.seed, window=window)
@@ -244,6 +244,11 @@ class SpAtten(Machine):
                 "a prompt's head computes every pair of a kept query and a key that any query "
                 "keeps: the machine prunes tokens, not pairs"
             )
+        if any(
+            call.lsb_refetch is not None and bool(call.lsb_refetch.any()) and op.q_len > 1
+            for op, call in _pairs(trace, selection)
+        ):
+            found.append("a prompt's keys are read whole, low bits included, and never again")
         if linear:
             found.append(
                 "fully connected layers run between the attention calls, alone: weights at the "
@@ -282,7 +287,7 @@ def _stages(workload: Workload, jobs: Jobs, ends: np.ndarray, total: float) -> l
                 cycles=end - last,
                 layer=operator.layer,
                 step=operator.step,
-                facts={"stage": operator.stage, "loads": int(mine.size)},
+                facts={"stage": operator.stage, "loads": int(mine.size), "call": int(call)},
             )
         )
         last = end
@@ -302,11 +307,16 @@ def _in_order(workload: Workload, stages: list[Stage], linear: list[Stage]) -> t
     """Attention and linear stages in the order of the workload's operators."""
     if not linear:
         return tuple(stages)
-    attention, products = iter(stages), iter(linear)
+    attention = {(stage.step, stage.layer, stage.facts["call"]): stage for stage in stages}
+    products = iter(linear)
     found: list[Stage] = []
+    call = 0
     for operator in workload.operators:
         if operator.is_attention:
-            found += [stage] if (stage := next(attention, None)) else []
+            # A call that keeps nothing has no stage.
+            stage = attention.get((operator.step, operator.layer, call))
+            found += [] if stage is None else [stage]
+            call += 1
         elif operator.kind == "gemm":
             found.append(next(products))
     return tuple(found)
