@@ -98,3 +98,13 @@ def test_settings_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(MachineError, match=message):
         sweep(_machine(), trace, "spatten", **settings)
+
+
+def test_calls_between_linear_layers_fill_the_pipeline_anew(trace: Trace) -> None:
+    model = benchmark("bert-base-cola").trace(scope="model")
+    machine = hardware.load("spatten_e2e_hpca_2021")
+    found = {f: machine.simulate(model, "dense", fidelity=f) for f in ("analytic", "cycle")}
+    attention = {f: r.components["attention"] for f, r in found.items()}
+    assert 0.7 <= attention["analytic"] / attention["cycle"] <= 1.05
+    pipelined = _machine().simulate(trace, "dense").cycles
+    assert attention["analytic"] > 1.2 * pipelined

@@ -27,7 +27,7 @@ D_BYTES, D_MULTIPLIERS, D_SOFTMAX, D_TOPK, D_EMIT, D_MERGE = range(6)
 class Kinds(NamedTuple):
     """Loads that are alike, once each.
 
-    loads (kinds, 5): how many, atoms, tokens ranked from and to, first entry in `rows`.
+    loads (kinds, 5): how many, atoms, tokens ranked from and to, whether all before must end.
     rows (entries, 4): how many, keys, values, whether low bits are fetched again.
     ends (kinds + 1): where the entries of each kind begin.
     fill: cycles of the pipeline from a request to its output, without the few levels of
@@ -47,7 +47,7 @@ def kinds(jobs: Jobs, sizes: Sizes) -> Kinds:
     entries: list[np.ndarray] = []
     table: dict[tuple[int, ...], int] = {}
     counts: list[int] = []
-    heads: list[tuple[int, int, int]] = []
+    heads: list[tuple[int, int, int, int]] = []
     for load in loads:
         mine = rows[load[j.L_FIRST_ROW] : load[j.L_FIRST_ROW] + load[j.L_ROWS]]
         atoms = int(load[j.L_KEYS] * load[j.L_KEY_ATOMS])
@@ -60,7 +60,7 @@ def kinds(jobs: Jobs, sizes: Sizes) -> Kinds:
         else:
             distinct, times = triples, np.ones(1, np.int64)
         found = np.concatenate([times[:, None], distinct], axis=1)
-        ranks = int(load[j.L_RANK_FROM]), int(load[j.L_RANK_TO])
+        ranks = int(load[j.L_RANK_FROM]), int(load[j.L_RANK_TO]), int(load[j.L_DRAIN])
         key = (atoms, *ranks, *found.ravel().tolist())
         place = table.setdefault(key, len(table))
         if place == len(counts):
@@ -101,8 +101,11 @@ def cycles(found: Kinds, designs: np.ndarray) -> np.ndarray:
         each = found.rows[:, 0] * _selection(found.rows[:, 1], found.rows[:, 2], lanes, emit, merge)
         chosen[i] = np.add.reduceat(each, starts)
         one = _selection(found.loads[:, 2], found.loads[:, 3], lanes, emit, merge)
-        ranked[i] = np.where(found.loads[:, 2] > 0, one + found.fill, 0.0)
-    out = np.full(len(designs), found.fill)
+        # The pipeline is empty behind a ranking, and before a call that waits for all others.
+        refills = (found.loads[:, 2] > 0) + found.loads[:, 4]
+        ranked[i] = one + found.fill * refills
+    starts_empty = 1.0 - float(found.loads[0, 4]) if len(found.loads) else 1.0
+    out = np.full(len(designs), found.fill * starts_empty)
     fetched = found.loads[:, 1] * float(ATOM)
     times = found.loads[:, 0].astype(np.float64)
     per_byte = 1 / designs[:, D_BYTES]
