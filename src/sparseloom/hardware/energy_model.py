@@ -140,6 +140,14 @@ class EnergyModel:
         found["leakage"] = sum(self.leakage(blocks).values()) * seconds
         return found
 
+    def sram_cycle_ns(self, kib: float, bits: int) -> float:
+        """Shortest time between two accesses of a bank of `kib` KiB and `bits` per line, in ns."""
+        macros = -(-bits // self.widest_port_bits)
+        wide = np.array([max(bits / macros, self.sram_table.port_bits[0])])
+        each = np.array([kib / macros])
+        found = self.sram_table.value("cycle_ns", each, wide, node_nm=self.node_nm, cell=self.cell)
+        return float(found[0])
+
     def area(self, blocks: Sequence[Block]) -> dict[str, float]:
         """Area by component in mm²."""
         return self._sum(blocks, "area_um2", "area_mm2", 1e-6)

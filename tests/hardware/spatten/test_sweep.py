@@ -108,3 +108,9 @@ def test_calls_between_linear_layers_fill_the_pipeline_anew(trace: Trace) -> Non
     assert 0.7 <= attention["analytic"] / attention["cycle"] <= 1.05
     pipelined = _machine().simulate(trace, "dense").cycles
     assert attention["analytic"] > 1.2 * pipelined
+
+
+def test_an_sram_slower_than_the_clock_is_refused() -> None:
+    with pytest.raises(MachineError, match=r"key_sram.*too slow for 2 GHz"):
+        _machine(clock_ghz=2.0)
+    assert _machine(clock_ghz=2.0, **{"energy.sram_cell": "hp"}).settings.clock_ghz == 2.0

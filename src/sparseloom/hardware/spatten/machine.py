@@ -10,6 +10,7 @@ import numpy as np
 
 from sparseloom.hardware.actions import Action, Block
 from sparseloom.hardware.attention_core import number
+from sparseloom.hardware.energy import EnergyTable
 from sparseloom.hardware.energy_model import EnergyModel
 from sparseloom.hardware.machine import Machine, MachineConfig, Options, Roof
 from sparseloom.hardware.report import Events, Fidelity, Report, Stage
@@ -24,6 +25,7 @@ from sparseloom.hardware.spatten.layout import ATOM
 from sparseloom.hardware.spatten.linear import linear_stages, measured_bandwidth
 from sparseloom.hardware.units import dram
 from sparseloom.hardware.units.dram_config import MemoryConfig, load_memory
+from sparseloom.hardware.units.sram import check_clock
 from sparseloom.trace import Selection, Trace, Workload
 from sparseloom.trace.index_models import Clustered, Uniform
 from sparseloom.trace.kept_keys import with_keys
@@ -35,6 +37,15 @@ class SpAtten(Machine):
     fidelities: ClassVar[tuple[Fidelity, ...]] = ("analytic", "cycle")
     logged: ClassVar[tuple[Fidelity, ...]] = ("cycle",)
     Config: ClassVar[type[MachineConfig]] = SpAttenConfig
+
+    def __init__(self, config: MachineConfig, table: EnergyTable) -> None:
+        super().__init__(config, table)
+        s, structure = self.settings, self.structure()
+        for name, buffer in (("key_sram", s.key_sram), ("value_sram", s.value_sram)):
+            cycle_ns = self.energy_model.sram_cycle_ns(
+                structure.sram_kib / buffer.banks, structure.line_bits
+            )
+            check_clock(f"{self.name}: {name}", cycle_ns, s.clock_ghz)
 
     @property
     def settings(self) -> SpAttenConfig:
