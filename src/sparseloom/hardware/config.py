@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from importlib import resources
 from os import PathLike
 from pathlib import Path
@@ -110,8 +110,21 @@ def checked(model: type[_Model], tree: Tree, where: str) -> _Model:
         problem = error.errors(include_url=False)[0]
         if problem["type"] == "extra_forbidden":
             key = ".".join(str(part) for part in problem["loc"])
-            raise MachineError(f"{where}: unknown key {key!r}") from None
+            allowed = _keys(model, problem["loc"][:-1])
+            one_of = f" (there is: {', '.join(allowed)})" if allowed else ""
+            raise MachineError(f"{where}: unknown key {key!r}{one_of}") from None
         raise MachineError(f"{where}: {first_problem(error)}") from None
+
+
+def _keys(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    """Keys of the section that a path leads to; none where it is no section."""
+    for part in path:
+        found = model.model_fields.get(str(part))
+        section = None if found is None else found.annotation
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return []
+        model = section
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def parse_overrides(settings: Iterable[str]) -> Tree:
