@@ -113,6 +113,16 @@ def test_what_is_saved_comes_back(
     assert sorted(p.name for p in path.parent.iterdir()) == ["trace"]
 
 
+def test_names_longer_than_a_file_may_have_are_told_apart(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    names = ["𐀀" * 30 + "a", "𐀀" * 30 + "b", "x" * 400]
+    trace = random_trace(0, names, "", 0.0)
+    path = tmp_path_factory.mktemp("long") / "trace"
+    trace.save(path)
+    assert Trace.load(path) == trace
+
+
 def example() -> Trace:
     shape = ModelShape(layers=2, hidden_size=8, heads=2, kv_heads=2, head_dim=4, is_causal=True)
     operators = transformer_operators(shape, q_len=6, padding=0)

@@ -9,6 +9,7 @@ tensors.safetensors               key paddings and sampled tensors, if there are
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ from sparseloom.trace.schema import ModelShape, Scope, Selection, Workload
 
 SCHEMA = "sparseloom/trace/1"
 _PADDING, _TENSOR = "paddings.", "tensors."
+_LONGEST = 200  # bytes of a file name before its ending
 
 
 class _Header(BaseModel):
@@ -169,7 +171,12 @@ def _put_in_place(fresh: Path, target: Path) -> None:
 
 
 def _file_name(selection: str) -> str:
-    return quote(selection, safe=" =,+@")
+    quoted = quote(selection, safe=" =,+@")
+    if len(quoted) <= _LONGEST:
+        return quoted
+    # File systems take 255 bytes; what the cut loses is told apart by a hash.
+    digest = hashlib.sha256(selection.encode()).hexdigest()[:16]
+    return f"{quoted[: _LONGEST - 17]}~{digest}"
 
 
 def _read_header(file: Path) -> _Header:
