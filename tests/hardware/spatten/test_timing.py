@@ -185,15 +185,11 @@ def test_the_closed_form_is_a_lower_bound(name: str, traces: dict[str, Trace], m
 _DESIGN = some.tuples(
     some.floats(16, 2048),
     some.sampled_from([64, 128, 256]),
-    some.sampled_from([8, 16]),
+    some.integers(1, 16),
     some.integers(1, 32),
     some.integers(1, 16),
 )
-"""Bytes per cycle, multipliers, lanes of the softmax and of the selection, ids emitted.
-
-The softmax takes a line a cycle: with fewer lanes a partial line costs as much as a whole one, and
-a wider array can be slower.
-"""
+"""Bytes per cycle, multipliers, lanes of the softmax and of the selection, ids emitted."""
 
 
 def test_more_is_never_slower_in_closed_form(traces: dict[str, Trace]) -> None:
@@ -209,9 +205,7 @@ def test_more_is_never_slower_in_closed_form(traces: dict[str, Trace]) -> None:
         designs[1, column] *= 2
         for found in every:
             one, two = analytic.cycles(found, designs)
-            # A wider array has one more level of adders, to be filled anew after every ranking.
-            fills = 1 + int(found.loads[found.loads[:, 2] > 0, 0].sum())
-            assert two <= one * (1 + 1e-12) + fills * (column == analytic.D_MULTIPLIERS)
+            assert two <= one * (1 + 1e-12)
 
     check()
 

@@ -218,19 +218,14 @@ LINES = 1024
     R_VALUE_LINES,
     R_SCORE_ROW,
     R_SCORE_LINE,
-    R_SCORE_LINES,
-    R_SCORE_LOW,
     R_SCORE_FREE,
-    R_SOFT_ROW,
     R_SOFT_LINE,
     R_SOFT_FREE,
     R_DECIDE_USED,
     R_TOPK_ROW,
     R_TOPK_FREE,
-    R_TOPK_PHASE,
     R_TOPK_LINE,
     R_TOPK_LINES,
-    R_VALUE_ROW,
     R_VALUE_LINE,
     R_RANK_LOAD,
     R_RANK_FREE,
@@ -243,7 +238,8 @@ LINES = 1024
     R_LOADS_DONE,
     R_RANKING,
     R_IN_FLIGHT,
-) = range(38)
+) = range(33)
+REGISTERS = 33
 
 # Counts of actions, in the order of `COUNTS`.
 COUNTS = (
@@ -264,7 +260,6 @@ COUNTS = (
     "rank_items",
     "emitted_ids",
     "reruns",
-    "convert_vectors",
 )
 (
     C_SCORE_LINES,
@@ -284,7 +279,6 @@ COUNTS = (
     C_RANK_ITEMS,
     C_EMITTED,
     C_RERUNS,
-    C_CONVERT,
 ) = range(len(COUNTS))
 
 
@@ -301,7 +295,7 @@ def make_state(
     deep = max(rows, loads, 1) + 1
     # A load asks for its keys and values, or each of its rows for low bits and values.
     requests = fetcher.loads_in_flight * (2 + 2 * most_rows)
-    registers = np.zeros(38, np.int64)
+    registers = np.zeros(REGISTERS, np.int64)
     registers[R_CURRENT] = -1
     return State(
         registers=registers,
