@@ -70,7 +70,7 @@ def adapt(
     as_json: Json = False,
 ) -> None:
     """Fine-tune model and predictor; a run that was stopped continues from its checkpoints."""
-    from sparseloom.methods import DynamicSparse, parse_method
+    from sparseloom.methods import Learned, parse_method
     from sparseloom.models import load_model
     from sparseloom.results import results
     from sparseloom.tasks import get_task
@@ -78,8 +78,8 @@ def adapt(
     from sparseloom.training import save
 
     chosen = parse_method(method)
-    if not isinstance(chosen, DynamicSparse):
-        raise ValueError(f"--method must be dynamic:…, got {method!r}: only it has a predictor")
+    if not isinstance(chosen, Learned):
+        raise ValueError(f"--method must be one with weights (dynamic:…), got {method!r}")
     if out.exists() and not overwrite:
         raise FileExistsError(f"--out {out} exists: choose another folder or pass --overwrite")
     set_threads(threads)

@@ -2,7 +2,7 @@
 
 from sparseloom.integrations._compat import in_recomputation
 from sparseloom.integrations.call import Observer
-from sparseloom.integrations.describe import describe
+from sparseloom.integrations.describe import describe, method_shape
 from sparseloom.integrations.huggingface import Sparsified, sparsify
 from sparseloom.integrations.record import record
 from sparseloom.integrations.stats import LayerStats
@@ -13,6 +13,7 @@ __all__ = [
     "Sparsified",
     "describe",
     "in_recomputation",
+    "method_shape",
     "record",
     "sparsify",
 ]

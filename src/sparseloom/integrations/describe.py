@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from sparseloom.methods.learned import MethodShape
 from sparseloom.trace.schema import ModelShape
 
 
@@ -35,6 +36,26 @@ def describe(model: nn.Module) -> ModelShape:
         gated_ffn=any(name.endswith((".gate_proj", ".gate_up_proj"))
                       for name, _ in model.named_modules()),
     )  # fmt: skip
+
+
+def method_shape(model: nn.Module) -> MethodShape:
+    """What a method's weights are made for; raises as `describe`.
+
+    `max_length` is 0 where the configuration names no longest input.
+    """
+    shape = describe(model)
+    config = config_of(model)
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 0)
+    return MethodShape(
+        layers=shape.layers,
+        hidden_size=shape.hidden_size,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_length=int(longest or 0),
+        rotary=shape.rotary,
+        is_causal=shape.is_causal,
+    )
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:

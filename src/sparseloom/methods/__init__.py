@@ -13,6 +13,7 @@ from sparseloom.methods.base import (
 )
 from sparseloom.methods.dense import Dense
 from sparseloom.methods.dynamic import DynamicSparse, calibrate_thresholds
+from sparseloom.methods.learned import Learned, MethodShape, Predicting
 from sparseloom.methods.oracle import Oracle
 from sparseloom.methods.predictor import LayerPredictor, Predictor, PredictorKeys
 from sparseloom.methods.quality import overlap, retained_mass
@@ -30,8 +31,11 @@ __all__ = [
     "DynamicSparse",
     "LayerPredictor",
     "LayerState",
+    "Learned",
     "Method",
+    "MethodShape",
     "Oracle",
+    "Predicting",
     "Predictor",
     "PredictorKeys",
     "Pruner",

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sparseloom.kernels.cpu import predict
 from sparseloom.mask import SparseMask
-from sparseloom.methods.base import AttentionInputs, AttentionShape, Selector, Work
+from sparseloom.methods.base import AttentionInputs, AttentionShape, Work
 from sparseloom.methods.coding import BITS, Coded
 from sparseloom.methods.compiled import encode_to_codes, threshold_of_codes, topk_of_codes
+from sparseloom.methods.learned import MethodShape, Predicting
 from sparseloom.methods.pooling import POOLINGS, Pooling
 from sparseloom.methods.predictor import LayerPredictor, Predictor, PredictorKeys, predictor_width
 from sparseloom.methods.selection import (
@@ -38,7 +39,7 @@ _CALIBRATION_ROWS = 256  # query rows per attention call that thresholds are tak
 
 
 @dataclass(frozen=True)
-class DynamicSparse(Selector):
+class DynamicSparse(Predicting):
     """Dynamic Sparse Attention (Liu et al., IEEE TC 2022; the algorithm of DOTA, ASPLOS 2022).
 
     Per layer, the input X of the attention module gives low-rank, low-precision queries and keys
@@ -221,6 +222,50 @@ class DynamicSparse(Selector):
             return
         with torch.no_grad():
             past.append(self._encode(self._layer(inputs), inputs)[1])
+
+    # ------------------------------------------------------------------ weights
+
+    @property
+    def module(self) -> Predictor | None:
+        """The predictor."""
+        return self.predictor
+
+    def initialise(self, shape: MethodShape, *, seed: int = 0) -> DynamicSparse:
+        """With a predictor of σ = `projection`, rotary where the model and `rotary` are."""
+        predictor = Predictor.for_shape(
+            layers=shape.layers,
+            hidden_size=shape.hidden_size,
+            heads=shape.heads,
+            head_dim=shape.head_dim,
+            projection=self.projection,
+            bits=self.bits,
+            rotary=self.rotary and shape.rotary,
+            seed=seed,
+        )
+        return dataclasses.replace(self, predictor=predictor)
+
+    def sizes(self) -> dict[str, int | bool]:
+        """See `Predictor.shape`."""
+        if self.predictor is None:
+            raise ValueError("DynamicSparse has no predictor whose sizes could be asked for")
+        return self.predictor.shape()
+
+    def restore(
+        self, sizes: Mapping[str, int | bool | str], state: Mapping[str, Tensor]
+    ) -> DynamicSparse:
+        """See `Predictor.from_state`."""
+        return dataclasses.replace(self, predictor=Predictor.from_state(sizes, state))
+
+    def predicted(
+        self, inputs: AttentionInputs, rows: Int64[Tensor, " rows"]
+    ) -> Float[Tensor, "batch heads rows kv_len"]:
+        """S̃ of equation 5, with gradients."""
+        hidden = inputs.hidden_states
+        if hidden is None:
+            raise ValueError("hidden_states are missing: DynamicSparse predicts from them")
+        layer = self._layer(inputs)
+        low_q, low_k = layer.project(hidden, inputs.rotary, inputs.query_padding)
+        return low_q[:, :, rows] @ low_k.transpose(-1, -2)
 
     # ------------------------------------------------------------------ private
 

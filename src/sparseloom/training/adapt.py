@@ -6,17 +6,16 @@ the predictor alone against the frozen dense model, then both together with the 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from sparseloom.integrations import describe, sparsify
-from sparseloom.methods import AttentionInputs, Dense, DynamicSparse, Method, Predictor
+from sparseloom.integrations import method_shape, sparsify
+from sparseloom.methods import AttentionInputs, Dense, Learned, Method, Predicting
 from sparseloom.training.loop import Batch, LoopSettings, make_accelerator, repeat, run_loop
 from sparseloom.training.losses import LOSSES
 
@@ -29,11 +28,12 @@ if TYPE_CHECKING:
 
 LossName = Literal["kl", "mse"]
 ModelLoss = Callable[[Any, Batch], Tensor]
+LearnedMethod = TypeVar("LearnedMethod", bound=Learned)
 
 
 def adapt(
     model: PreTrainedModel,
-    method: DynamicSparse,
+    method: LearnedMethod,
     batches: Iterable[Batch],
     *,
     warmup_steps: int = 300,
@@ -49,16 +49,17 @@ def adapt(
     seed: int = 0,
     out: Path | str | None = None,
     progress: bool = True,
-) -> DynamicSparse:
-    """Train the predictor of `method` (and with `joint_steps` > 0 the model itself, in place).
+) -> LearnedMethod:
+    """Train the weights of `method` (and with `joint_steps` > 0 the model itself, in place).
 
     Args:
         model: a supported Hugging Face model.  Left unchanged when `joint_steps` is 0.
-        method: its settings; a predictor it already has is trained further.
+        method: its settings; weights that it already has are trained further.
         batches: keyword arguments of the model's forward, one dict per step.  A list is repeated,
             any other iterable is drawn from once.  `labels` are needed for joint steps, unless
             `model_loss` computes the loss.
-        warmup_steps: predictor-only steps against the frozen dense model.
+        warmup_steps: predictor-only steps against the frozen dense model; for methods that
+            predict scores (`Predicting`).
         joint_steps: steps of model and predictor together, attention masked by the method.
         loss: `"kl"`, divergence of the attention distributions, or `"mse"`, equation 6.
         loss_weight: λ of equation 7.
@@ -74,7 +75,7 @@ def adapt(
         progress: show a progress bar.
 
     Returns:
-        `method` with a trained predictor; `dataclasses.replace(result, sparsity=…)` runs the same
+        `method` with trained weights; `dataclasses.replace(result, sparsity=…)` runs the same
         predictor at another sparsity.
 
     Raises:
@@ -83,48 +84,43 @@ def adapt(
     """
     _check(warmup_steps, joint_steps, loss, lr, predictor_lr, query_rows)
     accelerator = make_accelerator(mixed_precision)
-    predictor = method.predictor
-    if predictor is None:
-        shape = describe(model)
-        predictor = Predictor.for_shape(
-            layers=shape.layers,
-            hidden_size=shape.hidden_size,
-            heads=shape.heads,
-            head_dim=shape.head_dim,
-            projection=method.projection,
-            bits=method.bits,
-            rotary=method.rotary and shape.rotary,
-            seed=seed,
-        )
+    adapted = method
+    if method.module is None:
+        adapted = cast("LearnedMethod", method.initialise(method_shape(model), seed=seed))
     model.to(accelerator.device)
-    predictor.to(accelerator.device)
-    adapted = dataclasses.replace(method, predictor=predictor)
+    module = _module(adapted).to(accelerator.device)
     folder = None if out is None else Path(out)
     source = repeat(batches)
     rows = _RowSampler(query_rows, seed)
 
     if warmup_steps:
+        if not isinstance(adapted, Predicting):
+            raise ValueError(
+                f"warmup_steps must be 0 for {method.name}, which predicts no scores, got "
+                f"{warmup_steps}"
+            )
         with _frozen(model), sparsify(model, Dense(), observer=(seen := _Collector())):
+            predicting = adapted
 
             def warm_up(batch: Batch) -> tuple[Tensor, dict[str, float]]:
                 with torch.no_grad():
                     model(**{k: v for k, v in batch.items() if k != "labels"})
-                value = predictor_loss(predictor, seen.take(), rows, loss, detach=True)
+                value = predictor_loss(predicting, seen.take(), rows, loss, detach=True)
                 return value, {loss: value.item()}
 
-            predictor.train()
+            module.train()
             run_loop(
                 "warm-up",
                 warm_up,
                 source,
-                {"predictor": predictor},
-                [{"params": list(predictor.parameters()), "lr": predictor_lr}],
+                {"predictor": module},
+                [{"params": list(module.parameters()), "lr": predictor_lr}],
                 LoopSettings(warmup_steps),
                 accelerator=accelerator,
                 checkpoint=folder and folder / "warm-up.pt",
                 progress=progress,
             )
-            predictor.eval()
+            module.eval()
 
     if joint_steps:
         finetune(
@@ -168,37 +164,39 @@ def finetune(
 ) -> list[dict[str, float]]:
     """Fine-tune `model` in place with its attention run by `method`; returns the logged losses.
 
-    For `DynamicSparse` the loss is L_model + λ·L_predictor (equation 7) and its predictor learns
-    too; for every other method, `Dense()` included, it is L_model alone, which gives the control
-    of equal training.  Arguments are those of `adapt`.
+    The weights of a `Learned` method learn too (fresh ones are made by `adapt`).  For a
+    `Predicting` one the loss is L_model + λ·L_predictor (equation 7); for every other method,
+    `Dense()` included, it is L_model alone, which gives the control of equal training.
+    Arguments are those of `adapt`.
     """
     _check(0, steps, loss, lr, predictor_lr, query_rows)
     accelerator = accelerator or make_accelerator(mixed_precision)
     model.to(accelerator.device)
-    predictor = method.predictor if isinstance(method, DynamicSparse) else None
+    module = _module(method) if isinstance(method, Learned) else None
     detach = (gradient or ("predictor" if loss == "kl" else "both")) == "predictor"
     rows = _RowSampler(query_rows, seed + 1)
     seen = _Collector()
     of_model = model_loss or _own_loss
     modules: dict[str, nn.Module] = {"model": model}
     groups: list[dict[str, Any]] = [{"params": _trainable(model), "lr": lr}]
-    if predictor is not None:
-        modules["predictor"] = predictor
-        groups.append({"params": list(predictor.parameters()), "lr": predictor_lr})
+    if module is not None:
+        modules["predictor"] = module.to(accelerator.device)
+        if own := list(module.parameters()):
+            groups.append({"params": own, "lr": predictor_lr})
 
     def joint(batch: Batch) -> tuple[Tensor, dict[str, float]]:
         task = of_model(model(**batch), batch)
         values = {"loss": task.item()}
-        if predictor is None:
+        if not isinstance(method, Predicting):
             return task, values
-        extra = predictor_loss(predictor, seen.take(), rows, loss, detach=detach)
+        extra = predictor_loss(method, seen.take(), rows, loss, detach=detach)
         return task + loss_weight * extra, {**values, loss: extra.item()}
 
     was_training = model.training
     model.train()
-    if predictor is not None:
-        predictor.train()
-    observer = seen if predictor is not None else None
+    if module is not None:
+        module.train()
+    observer = seen if isinstance(method, Predicting) else None
     try:
         with sparsify(model, method, when="always", observer=observer):
             return run_loop(
@@ -214,12 +212,12 @@ def finetune(
             )
     finally:
         model.train(was_training)
-        if predictor is not None:
-            predictor.eval()
+        if module is not None:
+            module.eval()
 
 
 def predictor_loss(
-    predictor: Predictor,
+    method: Predicting,
     calls: list[AttentionInputs],
     rows: _RowSampler,
     loss: LossName,
@@ -227,38 +225,25 @@ def predictor_loss(
     detach: bool,
 ) -> Tensor:
     """Mean over layers of the predictor loss on sampled query rows, in fp32."""
+    if loss not in method.losses:
+        raise ValueError(
+            f"loss must be one of {', '.join(map(repr, method.losses))} for {method.name}, "
+            f"got {loss!r}"
+        )
     total = torch.zeros((), device=calls[0].query.device)
     with torch.autocast(calls[0].query.device.type, enabled=False):
         for call in calls:
-            total = total + _layer_loss(predictor, call, rows, loss, detach)
+            chosen = rows.draw(call.query.shape[2]).to(call.query.device)
+            total = total + LOSSES[loss](*method.compare(call, chosen, detach=detach))
     return total / len(calls)
 
 
-def _layer_loss(
-    predictor: Predictor, call: AttentionInputs, rows: _RowSampler, loss: LossName, detach: bool
-) -> Tensor:
-    query, key, hidden = call.query.float(), call.key.float(), call.hidden_states
-    if hidden is None:
+def _module(method: Learned) -> nn.Module:
+    if method.module is None:
         raise ValueError(
-            f"hidden states of layer {call.layer} are missing: the model's attention "
-            "module does not receive them, so no predictor can be trained"
+            f"method: {method.name} has no weights yet; make them with initialise or sl.adapt"
         )
-    hidden = hidden.float()
-    if detach:
-        query, key, hidden = query.detach(), key.detach(), hidden.detach()
-    q_len, kv_len = query.shape[2], key.shape[2]
-    chosen = rows.draw(q_len).to(query.device)
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = query[:, :, chosen] @ key.transpose(-1, -2) * call.scale  # (B, H, rows, S)
-    low_q, low_k = predictor.layers[call.layer].project(hidden, call.rotary, call.query_padding)
-    predicted = low_q[:, :, chosen] @ low_k.transpose(-1, -2)  # (B, H, rows, S)
-    columns = torch.arange(kv_len, device=query.device)
-    allowed = torch.ones(1, 1, len(chosen), kv_len, dtype=torch.bool, device=query.device)
-    if call.is_causal:
-        allowed = allowed & (columns <= (chosen + kv_len - q_len)[:, None])
-    if call.key_padding is not None:
-        allowed = allowed & call.key_padding[:, None, None, :]
-    return LOSSES[loss](scores, predicted, allowed)
+    return method.module
 
 
 class _Collector:

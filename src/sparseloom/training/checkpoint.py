@@ -7,7 +7,6 @@ that does not know sparseloom loads the dense model from it.
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sparseloom.methods import DynamicSparse, Method, Predictor
+from sparseloom.methods import Learned, Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,11 +77,9 @@ def load(path: Path | str) -> tuple[PreTrainedModel, Method]:
 
 def save_method(method: Method, folder: Path) -> None:
     """Write what the method learned, if anything, as 16-bit safetensors into `folder`."""
-    if isinstance(method, DynamicSparse) and method.predictor is not None:
-        state = {
-            name: tensor.contiguous() for name, tensor in method.predictor.state_dict().items()
-        }
-        meta = {key: str(value) for key, value in method.predictor.shape().items()}
+    if isinstance(method, Learned) and method.module is not None:
+        state = {name: tensor.contiguous() for name, tensor in method.module.state_dict().items()}
+        meta = {key: str(value) for key, value in method.sizes().items()}
         save_file(state, folder / WEIGHTS, metadata=meta)
 
 
@@ -92,7 +89,7 @@ def load_method(folder: Path, settings: dict[str, object]) -> Method:
 
     method = Method.from_dict(settings)
     file = folder / WEIGHTS
-    if not isinstance(method, DynamicSparse) or not file.exists():
+    if not isinstance(method, Learned) or not file.exists():
         return method
     try:
         with safe_open(file, framework="pt") as stream:
@@ -100,5 +97,4 @@ def load_method(folder: Path, settings: dict[str, object]) -> Method:
         state = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"path: {file} is damaged ({error})") from error
-    predictor = Predictor.from_state(meta, state)
-    return dataclasses.replace(method, predictor=predictor)
+    return method.restore(meta, state)
