@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from sparseloom.methods.base import AttentionInputs, Method, Selector
 
-
 Sizes = Mapping[str, int | bool | str]
 """Sizes of stored weights by name, as numbers or as their text."""
 
