@@ -310,7 +310,7 @@ def test_reproduce_reads_a_stored_study(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "kept" / "oracle_thresholds.json"
     file.parent.mkdir()
     file.write_text(results([row], command="test").to_json(), "utf-8")
-    code, out, err = run("reproduce", "dsa_tc_2022", "--results", "kept", "--json")
+    code, out, err = run("reproduce", "dsa_tc_2022", "table1", "--results", "kept", "--json")
     assert code == 0, err
     rows = rows_of(out)
     assert [found["ours"] for found in rows] == [0.97, 0.96, 0.98, 0.25]
@@ -402,7 +402,8 @@ BAD = {
     "bench operation": (["bench", "sorting"], "attention"),
     "unknown paper": (["reproduce", "nature"], "dsa_tc_2022"),
     "unknown table": (["reproduce", "dsa_tc_2022", "table99"], "table1"),
-    "no stored run": (["reproduce", "dsa_tc_2022"], "--run"),
+    "no stored run": (["reproduce", "dsa_tc_2022", "table1"], "--run"),
+    "size of a study": (["reproduce", "dynamic", "--size", "large"], "small, paper"),
 }
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
 from sparseloom.cli.options import Data, Json, command_line
-from sparseloom.cli.output import Column, Row, emit, number, value
+from sparseloom.cli.output import Column, Row, emit, number, progress_console, value
 
 
 def reproduce(
     paper: Annotated[str | None, typer.Argument(help="Paper; without one, what there is.")] = None,
     table: Annotated[str | None, typer.Argument(help="Table or figure; default: all.")] = None,
-    run: Annotated[bool, typer.Option("--run", help="Make stored runs anew.")] = False,
+    run: Annotated[
+        bool, typer.Option("--run", help="Make stored runs anew; one that was stopped goes on.")
+    ] = False,
+    size: Annotated[
+        str, typer.Option("--size", help="With --run: small (two CPU cores) or paper (a GPU).")
+    ] = "small",
     data: Data = None,
     stored: Annotated[
         Path, typer.Option("--results", help="Folder that holds the stored runs.")
@@ -25,11 +30,16 @@ def reproduce(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Published numbers beside ours, the difference, and what is not modelled."""
-    from sparseloom.experiments.reproduce import find_tables
+    """Published numbers beside ours, the difference, and what is not modelled.
+
+    Without a table, those whose stored runs are not there are left out, and named.
+    """
+    from sparseloom.experiments.reproduce import SIZES, Request, find_tables, missing_files
     from sparseloom.experiments.reproduce import reproduce as make
     from sparseloom.results import results, write_results
 
+    if size not in SIZES:
+        raise ValueError(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
     chosen = find_tables(paper, table)
     if paper is None:
         rows = [
@@ -39,7 +49,17 @@ def reproduce(
         found = results(rows, command=command_line())
         emit(found, as_json=as_json, columns=[("table", value("name")), ("", value("title"))])
         return
-    rows = [row for one in chosen for row in make(one, run=run, data=data, results=stored)]
+    progress = progress_console()
+    request = Request(size=cast("Any", size), data=data, step=progress.print)
+    rows: list[Row] = []
+    for one in chosen:
+        absent = [] if run else missing_files(one, stored)
+        if absent and len(absent) == len(one.studies) and len(chosen) > 1:
+            progress.print(f"left out: {one.name}, which needs {' or '.join(absent)} in {stored}")
+            continue
+        rows += make(one, run=run, request=request, results=stored, command=command_line())
+        if absent:
+            progress.print(f"{one.name}: without {', '.join(absent)}, not in {stored}")
     found = results(rows, command=command_line())
     if out is not None:
         write_results(out, found)

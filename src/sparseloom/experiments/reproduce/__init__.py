@@ -1,40 +1,77 @@
-"""Published tables beside ours: one file per paper, one function per table or figure.
+"""Published tables beside ours: one module per paper, one function per table or figure.
 
-A paper's module has `TABLES`, functions by table.  A table that rests on a long study is listed in
-`STUDIES`, too: (file in `results/`, function that runs the study on the folder of the data sets);
-its function takes the rows of the study.
+A paper's module has `TABLES`, functions by table.  A table that rests on long runs is listed in
+`STUDIES`, too, with the stored runs that it reads; its function takes their rows.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sparseloom.errors import unknown_name
 
-__all__ = ["PAPERS", "Table", "find_tables", "reproduce"]
+__all__ = ["PAPERS", "Request", "Study", "Table", "find_tables", "reproduce"]
 
-PAPERS = {"dsa_tc_2022": "dsa", "dota_asplos_2022": "dota", "spatten_hpca_2021": "spatten_hw"}
+PAPERS = {"dsa_tc_2022": "dynamic", "dota_asplos_2022": "dota", "spatten_hpca_2021": "spatten_hw"}
 """Paper → its module here."""
 
-ALIASES = {"spatten-hw": "spatten_hpca_2021"}
+ALIASES = {
+    "dynamic": "dsa_tc_2022",
+    "liu_2022": "dsa_tc_2022",
+    "spatten-hw": "spatten_hpca_2021",
+}
 """Other name → paper."""
 
 Row = dict[str, Any]
+Size = Literal["small", "paper"]
+SIZES: tuple[Size, ...] = ("small", "paper")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """How a study is to be run.
+
+    Attributes:
+        size: "small" fits two CPU cores in under 20 minutes, "paper" is the published size.
+        data: folder of the data sets; None = SPARSELOOM_DATA.
+        out: folder for what an interrupted run needs to go on.
+        step: told what comes next.
+    """
+
+    size: Size = "small"
+    data: Path | None = None
+    out: Path = Path("out/reproduce")
+    step: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A long run whose rows are stored.
+
+    Attributes:
+        file: where they lie in the folder of results.
+        run: runs it; None where it is no part of `--run`, and `command` says how.
+        command: what else writes the file.
+    """
+
+    file: str
+    run: Callable[[Request], list[Row]] | None = None
+    command: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One table or figure of a paper, and the study that it rests on, if there is one."""
+    """One table or figure of a paper, and the studies that it rests on."""
 
     paper: str
     name: str
     function: Callable[..., list[Row]]
-    study: tuple[str, Callable[[Path | None], list[Row]]] | None = None
+    studies: tuple[Study, ...] = field(default=())
 
     @property
     def title(self) -> str:
@@ -54,40 +91,81 @@ def find_tables(paper: str | None = None, name: str | None = None) -> list[Table
     found: list[Table] = []
     for one in PAPERS if paper is None else (paper,):
         module = import_module(f"{__name__}.{PAPERS[one]}")
-        studies: dict[str, Any] = getattr(module, "STUDIES", {})
+        studies: dict[str, tuple[Study, ...]] = getattr(module, "STUDIES", {})
         tables: dict[str, Callable[..., list[Row]]] = module.TABLES
-        found += [Table(one, table, make, studies.get(table)) for table, make in tables.items()]
+        found += [Table(one, table, make, studies.get(table, ())) for table, make in tables.items()]
     if name is not None and name not in [table.name for table in found]:
         raise unknown_name("table", name, [table.name for table in found])
     return [table for table in found if name in (None, table.name)]
 
 
 def reproduce(
-    table: Table, *, run: bool = False, data: Path | None = None, results: Path = Path("results")
+    table: Table,
+    *,
+    run: bool = False,
+    request: Request | None = None,
+    results: Path = Path("results"),
+    command: str | None = None,
 ) -> list[Row]:
     """Rows of the results schema: published, ours, the difference, and what is not modelled.
 
     Args:
         table: one of `find_tables`.
-        run: run the study behind the table instead of reading its stored rows.
-        data: folder of the data sets (else SPARSELOOM_DATA), for studies that need them.
+        run: run the studies behind the table first, and store their rows.
+        request: how they are run.
         results: the folder of stored rows.
+        command: what the stored rows say that wrote them.
+
+    A table that rests on several studies takes those that are stored.
 
     Raises:
-        FileNotFoundError: there are no stored rows, or the data is not there.
+        FileNotFoundError: none of its studies is stored, or the data is not there.
+        ValueError: a study behind the table is not run from here.
     """
-    if table.study is None:
+    if not table.studies:
         return table.function()
-    name, study = table.study
     if run:
-        return table.function(study(data))
+        _run(table, request or Request(), results, command)
+    return table.function(stored_rows(table, results))
+
+
+def stored_rows(table: Table, results: Path) -> list[Row]:
+    """Rows of the studies that a table rests on, of all that are stored.
+
+    Raises:
+        FileNotFoundError: none is.
+    """
     from sparseloom.results import read_results
 
-    file = results / name
-    if not file.is_file():
+    there = [study.file for study in table.studies if (results / study.file).is_file()]
+    if not there:
+        files = " and ".join(str(results / study.file) for study in table.studies)
+        verb = "is" if len(table.studies) == 1 else "are"
+        runs = any(study.run for study in table.studies)
+        how = "run the study with --run" if runs else f"write it with {table.studies[0].command}"
         raise FileNotFoundError(
-            f"{table.paper} {table.name} rests on a stored study and {file} is not there: run the "
-            "study with --run, or name the folder with --results"
+            f"{table.paper} {table.name} rests on a stored study and {files} {verb} not there: "
+            f"{how}, or name the folder with --results"
         )
-    stored = json.loads(read_results(file).to_json())["rows"]
-    return table.function(stored)
+    return [
+        row for file in there for row in json.loads(read_results(results / file).to_json())["rows"]
+    ]
+
+
+def missing_files(table: Table, results: Path) -> Sequence[str]:
+    """Files of studies that a table would use, too, if they were there."""
+    return [study.file for study in table.studies if not (results / study.file).is_file()]
+
+
+def _run(table: Table, request: Request, results: Path, command: str | None) -> None:
+    from sparseloom.results import write_results
+
+    if all(study.run is None for study in table.studies):
+        raise ValueError(
+            f"{table.paper} {table.name} is not run from here: "
+            f"{table.studies[0].command} writes {table.studies[0].file}"
+        )
+    for study in table.studies:
+        if study.run is not None:
+            request.step(f"{table.name}: {study.file}")
+            write_results(results / study.file, study.run(request), command=command)

@@ -1,10 +1,10 @@
-"""Dynamic Sparse Attention (Liu et al., IEEE Transactions on Computers 2022)."""
+"""Dynamic Sparse Attention, table 1: what can be dropped without training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from sparseloom.experiments.reproduce import Request, Study
 from sparseloom.experiments.reproduce.rows import Row, row
 
 PAPER = "dsa_tc_2022"
@@ -39,10 +39,13 @@ def table1(study: Sequence[Row]) -> list[Row]:
     return rows
 
 
-def _thresholds(data: Path | None) -> list[Row]:
+def _thresholds(request: Request) -> list[Row]:
     from sparseloom.experiments.thresholds import oracle_thresholds
 
-    return oracle_thresholds(data)
+    return oracle_thresholds(request.data, step=request.step)
+
+
+STUDY = Study("oracle_thresholds.json", _thresholds)
 
 
 def _row(quantity: str, published: str, ours: float) -> Row:
@@ -56,7 +59,3 @@ def _row(quantity: str, published: str, ours: float) -> Row:
         assumptions=(_STAND_IN,),
         note=_SCORES,
     )
-
-
-TABLES = {"table1": table1}
-STUDIES = {"table1": ("oracle_thresholds.json", _thresholds)}
