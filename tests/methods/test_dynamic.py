@@ -9,6 +9,7 @@ from torch import Tensor
 from sparseloom.methods import (
     AttentionInputs,
     DynamicSparse,
+    MethodShape,
     Predictor,
     PredictorKeys,
     budgets,
@@ -64,7 +65,7 @@ def inputs_of(hidden: Tensor, start: int = 0, **changes: object) -> AttentionInp
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8, 32])
-@pytest.mark.parametrize("block_size", [(1, 1), (8, 1), (4, 4)])
+@pytest.mark.parametrize("block_size", [(1, 1), (8, 1), (1, 8), (4, 4)])
 def test_the_mask_is_the_top_of_the_training_scores(bits: int, block_size: tuple) -> None:
     method = dataclasses.replace(method_of(bits=bits), block_size=block_size)
     assert method.predictor is not None
@@ -81,9 +82,74 @@ def test_the_mask_is_the_top_of_the_training_scores(bits: int, block_size: tuple
         assert torch.equal(mask.counts, expected.expand(2, HEADS, -1))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tile": 8},
+        {"tile": 16, "block_size": (4, 4)},
+        {"mask_heads": "kv"},
+        {"mask_heads": "one", "block_size": (1, 8), "pooling": "max"},
+        {"mask_heads": "one", "tile": 12},
+        {"selection": "balanced", "thresholds": ((0.1, 0.2), (0.3, 0.4))},
+    ],
+)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_rules_that_are_not_compiled_choose_from_the_same_scores(
+    changes: dict, is_causal: bool
+) -> None:
+    method = dataclasses.replace(method_of(), **changes)
+    padding = torch.ones(2, LENGTH, dtype=torch.bool)
+    padding[1, :11] = False
+    inputs = inputs_of(hidden_of(2), key_padding=padding, is_causal=is_causal)
+    assert method.predictor is not None
+    scores = method.predictor.layers[1].scores(hidden_of(2), rotary_of(LENGTH))
+    mask = method.select(inputs)
+    assert mask == method.mask_from_scores(scores, inputs)
+    assert mask.heads == (1 if "mask_heads" in changes else HEADS)  # keys have one head here
+    plain = dataclasses.replace(method, mask_heads="query", tile=None, selection="topk")
+    assert mask != plain.select(inputs)
+    work = method.work(inputs.shape)
+    assert work is not None
+    assert not work.compiled
+
+
+def test_two_s_complement_has_one_code_more() -> None:
+    method = dataclasses.replace(method_of(bits=2), predictor=None, twos_complement=True)
+    shape = MethodShape(2, HIDDEN, HEADS, 1, HEAD_DIM, LENGTH, rotary=True, is_causal=True)
+    method = method.initialise(shape)
+    assert method.predictor is not None
+    method.predictor.train()
+    for layer in method.predictor.layers:
+        layer.scores(hidden_of(3, seed=99), rotary_of(LENGTH))
+    method.predictor.eval()
+    inputs = inputs_of(hidden_of(2))
+    q, k = method.predictor.layers[1].encode(hidden_of(2), rotary_of(LENGTH))
+    for codes in (q.codes, k.codes):
+        assert codes.unique().tolist() == [-2, -1, 0, 1]
+    scores = method.predictor.layers[1].scores(hidden_of(2), rotary_of(LENGTH))
+    assert method.select(inputs) == method.mask_from_scores(scores, inputs)
+    text = {name: str(size) for name, size in method.sizes().items()}
+    bare = dataclasses.replace(method, predictor=None)
+    again = bare.restore(text, method.predictor.state_dict())
+    assert again.select(inputs) == method.select(inputs)
+    with pytest.raises(ValueError, match="twos_complement must be True, what the predictor was"):
+        dataclasses.replace(method, twos_complement=False)
+
+
+def test_sizes_of_older_files_are_read() -> None:
+    method = method_of()
+    assert method.predictor is not None
+    sizes = method.sizes()
+    del sizes["twos_complement"]
+    again = method.restore(sizes, method.predictor.state_dict())
+    inputs = inputs_of(hidden_of(2))
+    assert again.select(inputs) == method.select(inputs)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_decoding_is_prefill(bits: int) -> None:
-    method, hidden = method_of(bits=bits), hidden_of(2)
+@pytest.mark.parametrize("changes", [{}, {"mask_heads": "one", "tile": 8}])
+def test_decoding_is_prefill(bits: int, changes: dict) -> None:
+    method, hidden = dataclasses.replace(method_of(bits=bits), **changes), hidden_of(2)
     padding = torch.ones(2, LENGTH, dtype=torch.bool)
     padding[1, :6] = False
     whole = method.select(inputs_of(hidden, key_padding=padding)).to_bool()
@@ -169,6 +235,11 @@ def test_thresholds_keep_the_wanted_share() -> None:
         level = torch.tensor(tuned.thresholds[call.layer])[:, None, None]
         best = torch.nn.functional.one_hot(scores.argmax(-1), LENGTH).bool()
         assert torch.equal(tuned.select(call).to_bool(), (scores >= level) | best)
+    balanced = dataclasses.replace(method, selection="balanced")
+    balanced = calibrate_thresholds(balanced, calls)
+    assert (balanced.selection, balanced.thresholds) == ("balanced", tuned.thresholds)
+    for call in calls:
+        assert torch.equal(balanced.select(call).counts, method.select(call).counts)
     causal = calibrate_thresholds(method, [dataclasses.replace(c, is_causal=True) for c in calls])
     assert causal.thresholds != tuned.thresholds
     padding = torch.ones(2, LENGTH, dtype=torch.bool)

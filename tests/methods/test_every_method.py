@@ -48,6 +48,17 @@ EXAMPLES: dict[str, list[Method]] = {
             thresholds=((0.5, -1e-05), (1.0, 0.25)),
             predictor=PREDICTOR,
         ),
+        DynamicSparse(
+            projection=0.5, tile=4, mask_heads="one", minimum_keys=3, predictor=PREDICTOR
+        ),
+        DynamicSparse(
+            projection=0.5,
+            block_size=(1, 4),
+            mask_heads="kv",
+            selection="balanced",
+            thresholds=((0.5, -1e-05), (1.0, 0.25)),
+            predictor=PREDICTOR,
+        ),
     ],
     "window": [
         SlidingWindow(sparsity=0.9),
@@ -188,8 +199,16 @@ def test_shape_counts_the_allowed_pairs() -> None:
         ("dynamic:block_size=8x0", "block_size must be two positive integers"),
         ("dynamic:rotary=yes", "rotary must be true or false, got 'yes'"),
         ("dynamic:projection=0", r"projection must be in \(0, 1\], got 0.0"),
-        ("dynamic:selection=best", "selection must be one of 'topk', 'threshold', got 'best'"),
+        (
+            "dynamic:selection=best",
+            "selection must be one of 'topk', 'threshold', 'balanced', got 'best'",
+        ),
         ("dynamic:pooling=sum", "pooling must be one of 'mass', 'max', 'mean', got 'sum'"),
+        ("dynamic:mask_heads=all", "mask_heads must be one of 'query', 'kv', 'one', got 'all'"),
+        ("dynamic:tile=0", "tile must be an integer of at least 1, got 0"),
+        ("dynamic:tile=9,block_size=1x8", "tile must be a multiple of the 8 keys of a block"),
+        ("dynamic:tile=8,selection=threshold", "tile must be none with selection='threshold'"),
+        ("dynamic:bits=32,twos_complement=true", "twos_complement must be false at 32 bits"),
         ("dynamic:minimum_keys=0", "minimum_keys must be an integer of at least 1, got 0"),
         ("oracle", "exactly one of sparsity and threshold must be given, got neither"),
         ("oracle:sparsity=0.5,threshold=0.1", "got sparsity=0.5 and threshold=0.1"),

@@ -14,6 +14,7 @@ from sparseloom.methods.predictor import (
     PredictorKeys,
     predictor_width,
 )
+from sparseloom.methods.rotary import rotate
 
 HIDDEN, HEADS, HEAD_DIM, WIDTH = 32, 2, 16, 6
 
@@ -256,7 +257,7 @@ def test_rotation_depends_on_distance_only_and_spans_the_frequencies() -> None:
     one = torch.zeros(1, 1, 3, WIDTH)
     one[..., :3] = 1  # the first halves of the three pairs
     cos, sin = rotary_of(3)
-    turned = layer._rotate(one, (cos, sin))
+    turned = rotate(one, (cos, sin), layer.frequencies(cos))
     frequencies = 100.0 ** (-torch.tensor([0.0, 4, 7]) * 2 / HEAD_DIM)  # of 8: fast, middle, slow
     angle = torch.arange(3)[:, None] * frequencies
     torch.testing.assert_close(turned[0, 0, :, :3], angle.cos())
@@ -270,7 +271,8 @@ def test_rotation_depends_on_distance_only_and_spans_the_frequencies() -> None:
 def test_partly_rotary_models_turn_the_same_share() -> None:
     layer = layer_of(32, rotary=True)
     low = torch.randn(1, HEADS, 4, WIDTH)
-    turned = layer._rotate(low, rotary_of(4, HEAD_DIM // 2))  # half of 3 pairs: 2
+    angles = rotary_of(4, HEAD_DIM // 2)
+    turned = rotate(low, angles, layer.frequencies(angles[0]))  # half of 3 pairs: 2
     assert torch.equal(turned[..., 4:], low[..., 4:])
     assert not torch.equal(turned[:, :, 1:, :4], low[:, :, 1:, :4])
 

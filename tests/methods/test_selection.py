@@ -283,3 +283,77 @@ def test_given_scores_are_not_written_to() -> None:
     threshold_mask(scores, 0.5, is_causal=True)
     topk_mask(scores, sparsity=0.5, block_size=(2, 1), is_causal=True)
     assert torch.equal(scores, before)
+
+
+@given(cases(), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_local_topk_is_topk_of_every_tile(case: dict, tile: int) -> None:
+    batch, heads, q_len, kv_len = case["sizes"]
+    chosen = {**case["settings"], "block_size": (1, 1)}
+    generator = torch.Generator().manual_seed(case["seed"])
+    scores = torch.randint(0, case["levels"], (batch, heads, q_len, kv_len), generator=generator)
+    whole = {**chosen, "sparsity": 0.0, "minimum_keys": 1}
+    slow: dict = {"q_len": q_len, "kv_len": kv_len}
+    allowed = slow_topk(scores.float(), **slow, **whole)
+    budget = slow_topk(scores.float(), **slow, **chosen)
+    got = rows_of(topk_mask(scores.float(), tile=tile, **chosen))
+    edges = range(0, kv_len, tile)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(q_len):
+                may, k = allowed[b][h][i], len(budget[b][h][i])
+                diagonal = i + kv_len - q_len if chosen["is_causal"] else None
+                wanted = []
+                for edge in edges:
+                    here = [j for j in may if edge <= j < edge + tile]
+                    from_here = sum(j >= edge for j in may)
+                    after = from_here - len(here)
+                    share = -(-k * from_here // max(1, len(may))) + (k * -after // max(1, len(may)))
+                    order = sorted(here, key=lambda j: (j != diagonal, -scores[b, h, i, j], j))
+                    wanted += sorted(order[:share])
+                # One diagonal lies in the last tile, whose share is rounded up: nothing is raised.
+                assert len(wanted) == k
+                assert got[b][h][i] == wanted
+
+
+def test_worked_example_of_tiles() -> None:
+    scores = torch.tensor([9.0, 8, 7, 6, 1, 2, 4, 3, 0, 5]).expand(1, 1, 1, 10)
+    common: dict = {"sparsity": 0.5, "minimum_keys": 1}
+    assert rows_of(topk_mask(scores, **common)) == [[[[0, 1, 2, 3, 9]]]]
+    # Tiles of 4, 4 and 2 keys get 2, 2 and 1 of the five.
+    assert rows_of(topk_mask(scores, tile=4, **common)) == [[[[0, 1, 6, 7, 9]]]]
+    assert rows_of(topk_mask(scores, tile=16, **common)) == [[[[0, 1, 2, 3, 9]]]]
+    blocks = topk_mask(scores, tile=4, block_size=(1, 2), pooling="max", **common)
+    # 5 blocks, 3 to keep: the later tiles get what rounding leaves over.
+    assert rows_of(blocks) == [[[[0, 3, 4]]]]
+    # Four queries must keep the last four keys. Shares of 3 and 1 become 3 and 2 by that.
+    tall = topk_mask(
+        scores.expand(1, 1, 4, 10), tile=8, block_size=(4, 1), sparsity=0.9, minimum_keys=1,
+        is_causal=True,
+    )  # fmt: skip
+    assert rows_of(tall) == [[[[0, 6, 7, 8, 9]]]]
+
+
+def test_heads_that_share_a_mask_keep_the_most_of_their_mass() -> None:
+    scores = 3 * torch.randn(2, 4, 6, 9, generator=torch.Generator().manual_seed(3))
+    for heads in (1, 2):
+        mask = topk_mask(scores, sparsity=2 / 3, minimum_keys=1, mask_heads=heads)
+        summed = scores.softmax(-1).unflatten(1, (heads, -1)).sum(2)
+        assert mask == topk_mask(summed, sparsity=2 / 3, minimum_keys=1)
+        best = topk_mask(scores, sparsity=2 / 3, minimum_keys=1, mask_heads=heads, pooling="mean")
+        summed = scores.unflatten(1, (heads, -1)).mean(2)
+        assert best == topk_mask(summed, sparsity=2 / 3, minimum_keys=1)
+    tall = topk_mask(scores, sparsity=2 / 3, minimum_keys=1, mask_heads=1, block_size=(3, 1))
+    summed = scores.softmax(-1).sum(1, keepdim=True).unflatten(2, (2, 3)).sum(3)
+    assert rows_of(tall) == rows_of(topk_mask(summed, sparsity=2 / 3, minimum_keys=1))
+    level = threshold_mask(scores, 2.0, mask_heads=2).to_bool()
+    alone = threshold_mask(scores, 2.0).to_bool()
+    assert torch.equal(level, alone.unflatten(1, (2, 2)).any(2))
+
+
+def test_caps_take_keys_in_their_order_and_fill_up_with_the_best() -> None:
+    scores = torch.tensor([[1.0, 5, 3, 9, 4, 8], [1, 2, 0, 9, 0, 1]]).expand(1, 2, 2, 6)
+    common: dict = {"sparsity": 0.5, "minimum_keys": 1}
+    mask = topk_mask(scores, caps=torch.tensor([3.0, 100.0]), **common)
+    # Keys 1, 2, 3, 4, 5 reach 3 in the first row, key 3 alone in the second.
+    assert rows_of(mask) == [[[[1, 2, 3], [0, 1, 3]], [[1, 3, 5], [0, 1, 3]]]]

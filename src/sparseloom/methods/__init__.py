@@ -12,7 +12,7 @@ from sparseloom.methods.base import (
     Work,
 )
 from sparseloom.methods.dense import Dense
-from sparseloom.methods.dynamic import DynamicSparse, calibrate_thresholds
+from sparseloom.methods.dynamic import DynamicSparse
 from sparseloom.methods.learned import Learned, MethodShape, Predicting
 from sparseloom.methods.oracle import Oracle
 from sparseloom.methods.predictor import LayerPredictor, Predictor, PredictorKeys
@@ -20,6 +20,7 @@ from sparseloom.methods.quality import overlap, retained_mass
 from sparseloom.methods.random_mask import RandomMask
 from sparseloom.methods.registry import METHODS, format_method, method_names, parse_method
 from sparseloom.methods.selection import budgets, threshold_mask, topk_mask
+from sparseloom.methods.thresholds import calibrate_thresholds
 from sparseloom.methods.window import SlidingWindow
 
 __all__ = [

@@ -85,12 +85,14 @@ class Work:
             depends on the data.
         width: columns per head of the predictor.
         bits: of its codes.
+        compiled: whether the C++ backend knows the rule by which the method chooses.
     """
 
     block_size: tuple[int, int]
     kept_blocks: int
     width: int
     bits: int
+    compiled: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

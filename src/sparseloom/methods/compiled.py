@@ -30,10 +30,12 @@ def encode_to_codes(
 ) -> tuple[Coded, Coded] | None:
     """`layer.encode` to int8 codes; None where it has to be torch.
 
-    That is: gradients, scales still to be learned, numbers that are not finite, and what
-    `predict.unsupported` names.
+    That is: gradients, scales still to be learned, numbers that are not finite, codes of two's
+    complement, and what `predict.unsupported` names.
     """
-    if torch.is_grad_enabled() or not int(layer.updates) or hidden.numel() == 0:
+    if layer.twos_complement or torch.is_grad_enabled():
+        return None
+    if not int(layer.updates) or hidden.numel() == 0:
         return None
     if predict.unsupported(layer.bits, layer.width, hidden.device) is not None:
         return None

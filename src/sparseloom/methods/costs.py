@@ -105,7 +105,7 @@ def pays(method: Selector, inputs: AttentionInputs) -> bool:
 
     - a method without `work`, another device than a CPU, or gradients: select (what is learned
       must not depend on the speed of a machine);
-    - no CPU backend, or a dtype or predictor that it does not take: run dense, because the
+    - no CPU backend, or a dtype, predictor or rule that it does not take: run dense, because the
       reference computes every score anyway;
     - at most 16 queries, as in decoding: run dense.  Looking through the keys of a cache costs
       as much as reading them.
@@ -117,7 +117,8 @@ def pays(method: Selector, inputs: AttentionInputs) -> bool:
     dtype = _dtype_of(inputs)
     if table is None or dtype not in table.dense or inputs.query.shape[2] < MINIMUM_QUERIES:
         return False
-    if predict.unsupported(work.bits, work.width, inputs.query.device) is not None:
+    unsupported = predict.unsupported(work.bits, work.width, inputs.query.device)
+    if unsupported is not None or not work.compiled:
         return False
     return expected(table, inputs.shape, work, dtype).ratio <= MARGIN
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int64
@@ -21,7 +21,6 @@ from sparseloom.methods.pooling import POOLINGS, Pooling
 from sparseloom.methods.predictor import LayerPredictor, Predictor, PredictorKeys, predictor_width
 from sparseloom.methods.selection import (
     Scores,
-    budgets,
     keeps_all,
     kept_blocks,
     threshold_mask,
@@ -34,8 +33,8 @@ from sparseloom.methods.settings import (
     check_sparsity,
 )
 
-Selection = Literal["topk", "threshold"]
-_CALIBRATION_ROWS = 256  # query rows per attention call that thresholds are taken from
+Selection = Literal["topk", "threshold", "balanced"]
+MaskHeads = Literal["query", "kv", "one"]
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,23 @@ class DynamicSparse(Predicting):
             vectors, (64, 64) blocks.
         projection: σ, width of the predictor over head_dim, in (0, 1].
         bits: 2, 4, 8, or 32 for none; of X, P·W̃, q̃ and k̃ alike.
-        selection: `"topk"`, the same number of keys in every row (`topk_mask` has the budget rule),
-            or `"threshold"`, every key whose predicted score reaches that of its layer and head.
+        selection: `"topk"`, the same number of keys in every row (`topk_mask` has the budget rule);
+            `"threshold"`, every key whose predicted score reaches that of its layer and head; or
+            `"balanced"`, the budget of top-k filled as a detector does that compares keys with a
+            threshold as they stream by: those that reach it in their order, then the best others.
         thresholds: per layer and head, in units of q·k·scale; they belong to the sparsity that
             `calibrate_thresholds` took them at.
         pooling: how pairs become one score per block (`pool_scores`).
+        mask_heads: `"query"`, every head has a mask of its own; `"kv"`, the heads that share keys
+            and values share one; `"one"` for all heads of a layer.  Shared masks are chosen by
+            the heads' pooled scores: their summed probabilities where `pooling` is `"mass"`.
+        tile: local top-k: the budget is split over tiles of so many keys, each of which is
+            searched alone; a multiple of the block's keys.  None: one search over the row.
         minimum_keys: keys that a query keeps at least, if it may see as many.
         rotary: rotate q̃ and k̃ in models with rotary positions; False is equation 5 as printed,
             which fails on such models.  Settled when a predictor is made.
+        twos_complement: codes from -2^(bits-1), at 2 bits {-2, -1, 0, 1}, instead of symmetric
+            ones.  Settled when a predictor is made.
         predictor: the trained weights.
     """
 
@@ -75,26 +83,34 @@ class DynamicSparse(Predicting):
     selection: Selection = "topk"
     thresholds: tuple[tuple[float, ...], ...] | None = None
     pooling: Pooling = "mass"
+    mask_heads: MaskHeads = "query"
+    tile: int | None = None
     minimum_keys: int = 16
     rotary: bool = True
+    twos_complement: bool = False
     predictor: Predictor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
         check_block_size(self.block_size)
         check_choice("bits", self.bits, BITS)
-        check_choice("selection", self.selection, ("topk", "threshold"))
+        check_choice("selection", self.selection, get_args(Selection))
+        check_choice("mask_heads", self.mask_heads, get_args(MaskHeads))
+        self._check_tile()
+        if self.twos_complement and self.bits == 32:
+            raise ValueError("twos_complement must be false at 32 bits, where nothing is coded")
         check_choice("pooling", self.pooling, POOLINGS)
         check_at_least("minimum_keys", self.minimum_keys, 1)
         width = predictor_width(64, self.projection, rotary=False)  # refuses what is out of range
         if self.predictor is None:
             return
-        if self.predictor.bits != self.bits:
-            raise ValueError(
-                f"bits must be {self.predictor.bits}, what the predictor was made with, "
-                f"got {self.bits}"
-            )
         shape = self.predictor.layers[0]
+        for name in ("bits", "twos_complement"):
+            made, given = getattr(shape, name), getattr(self, name)
+            if made != given:
+                raise ValueError(
+                    f"{name} must be {made}, what the predictor was made with, got {given}"
+                )
         width = predictor_width(shape.head_dim, self.projection, rotary=shape.rotary)
         if width != shape.width:
             raise ValueError(
@@ -120,7 +136,8 @@ class DynamicSparse(Predicting):
         """
         layer = self._layer(inputs)
         q, keys = self._codes(layer, inputs)
-        if predict.unsupported(self.bits, layer.width, q.codes.device) is not None:
+        unsupported = predict.unsupported(self.bits, layer.width, q.codes.device)
+        if unsupported is not None or not self._is_compiled:
             return self.mask_from_scores(layer.score_rows(q, keys), inputs)
         if self.selection == "threshold":
             return threshold_of_codes(
@@ -152,6 +169,7 @@ class DynamicSparse(Predicting):
         self, scores: Scores | Float[Tensor, "batch heads q_len kv_len"], inputs: AttentionInputs
     ) -> SparseMask:
         """Selection alone, from scores that are there already, as in training."""
+        heads = {"query": inputs.query.shape[1], "kv": inputs.key.shape[1], "one": 1}
         if self.selection == "threshold":
             return threshold_mask(
                 scores,
@@ -159,6 +177,7 @@ class DynamicSparse(Predicting):
                 block_size=self.block_size,
                 is_causal=inputs.is_causal,
                 key_padding=inputs.key_padding,
+                mask_heads=heads[self.mask_heads],
             )
         return topk_mask(
             scores,
@@ -169,6 +188,9 @@ class DynamicSparse(Predicting):
             key_padding=inputs.key_padding,
             query_padding=inputs.query_padding,
             pooling=self.pooling,
+            mask_heads=heads[self.mask_heads],
+            tile=self.tile,
+            caps=self._thresholds(inputs.layer) if self.selection == "balanced" else None,
         )
 
     def worthwhile(self, q_len: int, kv_len: int) -> bool:
@@ -194,7 +216,8 @@ class DynamicSparse(Predicting):
             sparsity=self.sparsity,
             minimum_keys=self.minimum_keys,
         )
-        return Work(self.block_size, kept, self.predictor.width, self.bits)
+        width = self.predictor.width
+        return Work(self.block_size, kept, width, self.bits, self._is_compiled)
 
     def prediction_macs(self, shape: AttentionShape) -> int:
         """Multiply-accumulates at `bits` width: q_len·d·2k of X·P·W̃ for the new tokens, and width
@@ -240,6 +263,7 @@ class DynamicSparse(Predicting):
             projection=self.projection,
             bits=self.bits,
             rotary=self.rotary and shape.rotary,
+            twos_complement=self.twos_complement,
             seed=seed,
         )
         return dataclasses.replace(self, predictor=predictor)
@@ -268,6 +292,24 @@ class DynamicSparse(Predicting):
         return low_q[:, :, rows] @ low_k.transpose(-1, -2)
 
     # ------------------------------------------------------------------ private
+
+    @property
+    def _is_compiled(self) -> bool:
+        """Whether the C++ backend knows the rule of selection; the predictor is another matter."""
+        plain = self.selection != "balanced" and self.tile is None
+        return plain and self.mask_heads == "query"
+
+    def _check_tile(self) -> None:
+        if self.tile is None:
+            return
+        check_at_least("tile", self.tile, 1)
+        if self.tile % self.block_size[1]:
+            raise ValueError(
+                f"tile must be a multiple of the {self.block_size[1]} keys of a block, "
+                f"got {self.tile}"
+            )
+        if self.selection == "threshold":
+            raise ValueError(f"tile must be none with selection='threshold', got {self.tile}")
 
     def _layer(self, inputs: AttentionInputs) -> LayerPredictor:
         if self.predictor is None:
@@ -309,55 +351,10 @@ class DynamicSparse(Predicting):
     def _thresholds(self, layer: int) -> Tensor:
         if self.thresholds is None:
             raise ValueError(
-                "thresholds are missing for selection='threshold': run calibrate_thresholds first"
+                f"thresholds are missing for selection={self.selection!r}: run "
+                "calibrate_thresholds first"
             )
         return torch.tensor(self.thresholds[layer])
-
-
-@torch.no_grad()
-def calibrate_thresholds(method: DynamicSparse, calls: Iterable[AttentionInputs]) -> DynamicSparse:
-    """`method` with selection by thresholds that drop its `sparsity` of the pairs in `calls`.
-
-    The threshold of a layer and head is the (1 - sparsity) share of its largest predicted scores
-    over the allowed pairs of up to 256 evenly spaced query rows per call.
-
-    Args:
-        calls: attention calls of validation text without a cache, of every layer.
-
-    Raises:
-        ValueError: a layer is not among the calls.
-    """
-    found: dict[int, list[Tensor]] = {}
-    for inputs in calls:
-        scores = method.predicted_scores(inputs)
-        found.setdefault(inputs.layer, []).append(_allowed_scores(scores, inputs))
-    predictor = method.predictor
-    layers = 0 if predictor is None else len(predictor.layers)
-    missing = [layer for layer in range(layers) if layer not in found]
-    if missing or not found:
-        raise ValueError(f"calls must hold every layer, got none of {missing or 'them'}")
-    levels: list[tuple[float, ...]] = []
-    for layer in range(layers):
-        seen = torch.cat(found[layer], -1)  # (heads, n)
-        keep = int(budgets(torch.tensor(seen.shape[-1]), method.sparsity, 1))
-        kth = seen.kthvalue(seen.shape[-1] - keep + 1, dim=-1).values
-        levels.append(tuple(kth.tolist()))
-    return dataclasses.replace(method, selection="threshold", thresholds=tuple(levels))
-
-
-def _allowed_scores(scores: Scores, inputs: AttentionInputs) -> Float[Tensor, "heads n"]:
-    """Scores of the allowed pairs of some rows."""
-    shift = scores.kv_len - scores.q_len
-    step = -(-scores.q_len // _CALIBRATION_ROWS)
-    some: list[Tensor] = []
-    for row in range(step - 1, scores.q_len, step):
-        keys = row + 1 + shift if inputs.is_causal else scores.kv_len
-        chunk = scores.rows(row, row + 1, keys)[:, :, 0]  # (B, H, keys)
-        if inputs.key_padding is None:
-            some.append(chunk.transpose(0, 1).flatten(1))
-        else:
-            some.append(chunk.transpose(0, 1)[:, inputs.key_padding[:, :keys]])
-    return torch.cat(some, -1)
 
 
 def _past(inputs: AttentionInputs) -> PredictorKeys | None:

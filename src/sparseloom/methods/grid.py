@@ -113,6 +113,32 @@ class Grid:
         least = -(-minimum_keys // self.block_size[1])
         return budgets(self.allowed, sparsity, least).maximum(self.must)
 
+    def shares(
+        self, budget: Int64[Tensor, "batch q_blocks"], tile: int
+    ) -> Int64[Tensor, "batch q_blocks tiles"]:
+        """A budget split over tiles of `tile` key blocks, in proportion to the allowed ones.
+
+        Rounded such that the shares add up to the budget and later tiles get what is left over;
+        then a tile's share is raised to the blocks in it that must be kept.
+        """
+        edges = torch.arange(-(-self.kv_blocks // tile) + 1, device=self.device) * tile
+        edges = edges.clamp(max=self.kv_blocks)
+        later = self.allowed[..., None] - self._allowed_before(edges)  # from each edge on
+        given = -(-budget[..., None] * later // self.allowed.clamp(min=1)[..., None])
+        start, stop = self.diagonal[:, None].unbind(-1)
+        must = self._allowed_before(edges.clamp(min=start).minimum(stop))
+        return (-given.diff(dim=-1)).maximum(must.diff(dim=-1))
+
+    def _allowed_before(self, edges: Tensor) -> Int64[Tensor, "batch q_blocks edges"]:
+        """Blocks before some edges, (edges,) or one list for each query block, that may be kept."""
+        columns = edges.expand(len(self.visible), self.q_blocks, -1).minimum(
+            self.visible[..., None]
+        )
+        if self.attended is None:
+            return columns
+        before = torch.nn.functional.pad(self.attended.cumsum(-1), (1, 0))
+        return before[:, None].expand(-1, self.q_blocks, -1).gather(2, columns)
+
     def keys_of(self, stop: int) -> int:
         """Keys that any query before `stop` can see, in whole blocks where there are that many."""
         if not self.is_causal:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -63,6 +63,35 @@ class Learned(Method):
         Raises:
             ValueError: a size is missing or damaged, or the weights do not fit.
         """
+
+
+def read_sizes(sizes: Sizes, numbers: Sequence[str], flags: Sequence[str] = ()) -> dict[str, Any]:
+    """The named sizes of stored weights, as ints and bools.
+
+    Raises:
+        ValueError: one is missing or no number.
+    """
+    found: dict[str, Any] = {}
+    for name in (*numbers, *flags):
+        text = str(sizes.get(name, "missing"))
+        try:
+            found[name] = {"True": True, "False": False}[text] if name in flags else int(text)
+        except (KeyError, ValueError):
+            raise ValueError(f"{name} of the stored predictor is damaged: {text!r}") from None
+    return found
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Stored weights into a module.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    try:
+        module.load_state_dict(dict(state))
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise ValueError(f"weights of the stored predictor do not fit: {first}") from None
 
 
 class Comparison(NamedTuple):

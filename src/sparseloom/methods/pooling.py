@@ -18,7 +18,8 @@ def pool_scores(
     block_size: tuple[int, int],
     pooling: Pooling,
     voters: Bool[Tensor, "#batch rows"] | None = None,
-) -> Float[Tensor, "batch heads q_blocks kv_blocks"]:
+    mask_heads: int | None = None,
+) -> Float[Tensor, "batch mask_heads q_blocks kv_blocks"]:
     """Score of each block of a selection that keeps or drops blocks as a whole.
 
     Rows compete inside a block, so the first two bring every row to a scale of its own:
@@ -40,6 +41,8 @@ def pool_scores(
             Overwritten.
         allowed: pairs that causality and padding allow; the others have no say.
         voters: False where a row is a padded query, which has no say either.
+        mask_heads: heads of the mask, each shared by heads / mask_heads neighbouring ones, whose
+            pairs then are pairs of one block; None = as many as the scores have.
 
     Returns:
         Scores that compare within one query block.
@@ -50,9 +53,10 @@ def pool_scores(
         silent = ~ranked.any(-1, keepdim=True)
         if silent.any():
             share = share.masked_fill(silent, 0.0)
-        return _blocks(share, block_size, 0.0).sum((-3, -1))
+        return _heads(_blocks(share, block_size, 0.0).sum((-3, -1)), mask_heads).sum(2)
     if pooling == "mean":
         total = _blocks(scores.masked_fill_(~ranked, 0.0), block_size, 0.0).sum((-3, -1))
+        total = _heads(total, mask_heads).mean(2)
         pairs = _blocks(ranked, block_size, False).sum((-3, -1))
         return (total / pairs.clamp(min=1)).masked_fill(pairs == 0, -torch.inf)
     count = ranked.sum(-1, keepdim=True).clamp(min=1)
@@ -62,14 +66,23 @@ def pool_scores(
     top = centred.masked_fill(~ranked, -torch.inf).amax(-1, keepdim=True)
     unit = variance.sqrt().clamp(min=torch.finfo(scores.dtype).tiny)
     below = ((centred - top) / unit).masked_fill(~ranked, -torch.inf)
-    return _blocks(below, block_size, -torch.inf).amax((-3, -1))
+    return _heads(_blocks(below, block_size, -torch.inf).amax((-3, -1)), mask_heads).amax(2)
 
 
 def any_pair(
-    pairs: Bool[Tensor, "batch heads rows keys"], block_size: tuple[int, int]
-) -> Bool[Tensor, "batch heads q_blocks kv_blocks"]:
-    """Which blocks hold at least one of the pairs."""
-    return pairs if block_size == (1, 1) else _blocks(pairs, block_size, False).any(-1).any(-2)
+    pairs: Bool[Tensor, "batch heads rows keys"],
+    block_size: tuple[int, int],
+    mask_heads: int | None = None,
+) -> Bool[Tensor, "batch mask_heads q_blocks kv_blocks"]:
+    """Which blocks hold at least one of the pairs, in one of the heads that share a mask."""
+    if block_size != (1, 1):
+        pairs = _blocks(pairs, block_size, False).any(-1).any(-2)
+    return _heads(pairs, mask_heads).any(2)
+
+
+def _heads(values: Tensor, mask_heads: int | None) -> Tensor:
+    """(batch, mask heads, heads that share one, …)."""
+    return values.unflatten(1, (values.shape[1] if mask_heads is None else mask_heads, -1))
 
 
 def _blocks(pairs: Tensor, block_size: tuple[int, int], fill: float | bool) -> Tensor:

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 
 from sparseloom.kernels.cpu.predict import Weights
 from sparseloom.methods.coding import BITS, Coded, column_scale, fixed_scale, row_scale, to_codes
+from sparseloom.methods.learned import load_weights, read_sizes
 from sparseloom.methods.predictor_keys import PredictorKeys
+from sparseloom.methods.rotary import rotate, spread_frequencies
 from sparseloom.methods.scores import Scores
 from sparseloom.methods.settings import check_at_least, check_choice
 
@@ -44,6 +46,7 @@ class LayerPredictor(nn.Module):
         width: columns per head; even in a rotary predictor.
         bits: 2, 4, 8 or 32.
         rotary: rotate q̃ and k̃ at the positions of their tokens.
+        twos_complement: codes from -2^(bits-1), at 2 bits {-2, -1, 0, 1}; else symmetric ones.
         seed: draws P and the first W̃.
     """
 
@@ -61,6 +64,7 @@ class LayerPredictor(nn.Module):
         width: int,
         bits: int = 4,
         rotary: bool = False,
+        twos_complement: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -71,7 +75,7 @@ class LayerPredictor(nn.Module):
         if rotary and width % 2:
             raise ValueError(f"width must be even in a rotary predictor, got {width}")
         self.hidden_size, self.heads, self.head_dim, self.width = sizes.values()
-        self.bits, self.rotary = bits, rotary
+        self.bits, self.rotary, self.twos_complement = bits, rotary, twos_complement
         k = heads * width
         generator = torch.Generator().manual_seed(seed)
         # Achlioptas: +1, 0, -1 with probabilities 1/6, 2/3, 1/6 and factor √(3/k) keep lengths.
@@ -156,21 +160,23 @@ class LayerPredictor(nn.Module):
                 low = hidden.float() @ fused.codes
             else:
                 scale = self._input_scale(hidden, real, learn)
-                codes = to_codes(hidden.float(), scale, self.bits)
+                codes = self._codes(hidden.float(), scale)
                 low = (codes @ fused.codes) * (scale * fused.scale)
             q, k = low.unflatten(-1, (2, self.heads, self.width)).permute(2, 0, 3, 1, 4)
             if self.rotary and rotary is not None:
-                q, k = self._rotate(q, rotary), self._rotate(k, rotary)
+                chosen = self.frequencies(rotary[0])
+                angles = rotary[0].unsqueeze(1), rotary[1].unsqueeze(1)  # (B or 1, 1, L, pairs)
+                q, k = rotate(q, angles, chosen), rotate(k, angles, chosen)
             unit = 1 / math.sqrt(self.width)
             if self.bits == 32:
                 return Coded(q, q.new_tensor(unit)), Coded(k, k.new_ones(()))
-            q_scale = row_scale(q, self.bits)
+            q_scale = row_scale(q, *self._format)
             k_scale = self._key_scale(k, real, learn) if key_scale is None else key_scale
             if learn:
                 self.updates += 1
             return (
-                Coded(to_codes(q, q_scale, self.bits), q_scale * unit),
-                Coded(to_codes(k, k_scale, self.bits), k_scale),
+                Coded(self._codes(q, q_scale), q_scale * unit),
+                Coded(self._codes(k, k_scale), k_scale),
             )
 
     def score_rows(self, q: Coded, k: Coded) -> Scores:
@@ -205,14 +211,21 @@ class LayerPredictor(nn.Module):
         both = self.projection @ torch.cat([self.w_q, self.w_k], 1).float()
         if self.bits == 32:
             return Coded(both, both.new_ones(()))
-        scale = column_scale(both, self.bits)
-        return Coded(to_codes(both, scale, self.bits), scale)
+        scale = column_scale(both, *self._format)
+        return Coded(self._codes(both, scale), scale)
+
+    @property
+    def _format(self) -> tuple[int, bool]:
+        return self.bits, self.twos_complement
+
+    def _codes(self, value: Tensor, scale: Tensor) -> Tensor:
+        return to_codes(value, scale, *self._format)
 
     def _input_scale(self, hidden: Tensor, real: Tensor | None, learn: bool) -> Tensor:
         if not learn and int(self.updates):
             return self.input_scale
         tokens = hidden.flatten(0, 1) if real is None else hidden[real]  # (n, d)
-        scale = fixed_scale(tokens[:, None], self.bits).reshape(())
+        scale = fixed_scale(tokens[:, None], *self._format).reshape(())
         if learn:
             self._remember(self.input_scale, scale)
         return scale
@@ -222,7 +235,7 @@ class LayerPredictor(nn.Module):
             return self.key_scale.view(1, -1, 1, 1)
         tokens = k.transpose(1, 2)  # (B, L, H, width)
         tokens = tokens.flatten(0, 1) if real is None else tokens[real]  # (n, H, width)
-        scale = fixed_scale(tokens, self.bits)
+        scale = fixed_scale(tokens, *self._format)
         if learn:
             self._remember(self.key_scale, scale)
         return scale.view(1, -1, 1, 1)
@@ -231,31 +244,9 @@ class LayerPredictor(nn.Module):
     def _remember(self, average: Tensor, scale: Tensor) -> None:
         average.lerp_(scale, 1.0 - _MEMORY if int(self.updates) else 1.0)
 
-    def _rotate(self, low: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Rotate pairs of columns (j, j + pairs) by angles spread over the model's frequencies.
-
-        The model has rotary_dim/2 frequencies; the predictor takes an even selection of them from
-        the fastest to the slowest, and rotates the share of its columns that the model does.
-        """
-        cos, sin = rotary
-        chosen = self.frequencies(cos)
-        pairs = len(chosen)
-        cos = cos[..., chosen].float().unsqueeze(1)  # (B or 1, 1, L, pairs)
-        sin = sin[..., chosen].float().unsqueeze(1)
-        first, second, rest = low.split([pairs, pairs, self.width - 2 * pairs], -1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
-
     def frequencies(self, cos: Tensor) -> Tensor:
         """Which of the model's frequencies turn the predictor's pairs of columns, in order."""
-        frequencies = cos.shape[-1] // 2
-        # All layouts agree at position 0; of the rest, one position tells them apart.
-        if not torch.equal(cos[:, -1, :frequencies], cos[:, -1, frequencies:]):
-            raise NotImplementedError(
-                "rotary: cos and sin must repeat their frequencies in two halves, as Llama's do; "
-                "models that interleave them are not supported by a rotary predictor"
-            )
-        pairs = max(1, round(self.width / 2 * min(1.0, cos.shape[-1] / self.head_dim)))
-        return torch.linspace(0, frequencies - 1, pairs, device=cos.device).round().long()
+        return spread_frequencies(cos, self.width, self.head_dim)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LayerPredictor:
         self._kept = self.packed = None  # weights move without counting it as a change
@@ -284,12 +275,23 @@ class Predictor(nn.Module):
         projection: float = 0.25,
         bits: int = 4,
         rotary: bool = False,
+        twos_complement: bool = False,
         seed: int = 0,
     ) -> Predictor:
         """An untrained predictor for such a model; `projection` is σ = width / head_dim."""
         check_at_least("layers", layers, 1)
         width = predictor_width(head_dim, projection, rotary=rotary)
-        return cls._make(layers, hidden_size, heads, head_dim, width, bits, rotary, seed)
+        return cls._make(
+            layers,
+            seed,
+            hidden_size=hidden_size,
+            heads=heads,
+            head_dim=head_dim,
+            width=width,
+            bits=bits,
+            rotary=rotary,
+            twos_complement=twos_complement,
+        )
 
     @property
     def bits(self) -> int:
@@ -317,6 +319,7 @@ class Predictor(nn.Module):
             "width": first.width,
             "bits": first.bits,
             "rotary": first.rotary,
+            "twos_complement": first.twos_complement,
         }
 
     @classmethod
@@ -328,48 +331,16 @@ class Predictor(nn.Module):
         Raises:
             ValueError: a size is missing or no number, or the weights do not fit the sizes.
         """
-        sizes: dict[str, int] = {}
-        for name in ("layers", "hidden_size", "heads", "head_dim", "width", "bits", "rotary"):
-            text = str(shape.get(name, "missing"))
-            try:
-                sizes[name] = {"True": 1, "False": 0}[text] if name == "rotary" else int(text)
-            except (KeyError, ValueError):
-                raise ValueError(f"{name} of the stored predictor is damaged: {text!r}") from None
-        rotary = bool(sizes.pop("rotary"))
-        predictor = cls._make(**sizes, rotary=rotary, seed=0)
-        try:
-            predictor.load_state_dict(dict(state))
-        except RuntimeError as error:
-            first = str(error).splitlines()[-1].strip()
-            raise ValueError(f"weights of the stored predictor do not fit: {first}") from None
+        shape = {"twos_complement": False, **shape}  # older files do not say
+        names = ("layers", "hidden_size", "heads", "head_dim", "width", "bits")
+        sizes = read_sizes(shape, names, ("rotary", "twos_complement"))
+        predictor = cls._make(sizes.pop("layers"), 0, **sizes)
+        load_weights(predictor, state)
         return predictor.eval()
 
     @classmethod
-    def _make(
-        cls,
-        layers: int,
-        hidden_size: int,
-        heads: int,
-        head_dim: int,
-        width: int,
-        bits: int,
-        rotary: bool,
-        seed: int,
-    ) -> Predictor:
-        return cls(
-            [
-                LayerPredictor(
-                    hidden_size=hidden_size,
-                    heads=heads,
-                    head_dim=head_dim,
-                    width=width,
-                    bits=bits,
-                    rotary=rotary,
-                    seed=seed * 10_007 + layer,
-                )
-                for layer in range(layers)
-            ]
-        )
+    def _make(cls, layers: int, seed: int, **sizes: Any) -> Predictor:
+        return cls([LayerPredictor(seed=seed * 10_007 + n, **sizes) for n in range(layers)])
 
 
 def predictor_width(head_dim: int, projection: float, *, rotary: bool) -> int:

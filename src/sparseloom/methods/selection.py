@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
 from sparseloom.mask import SparseMask
@@ -37,6 +37,9 @@ def topk_mask(
     key_padding: Bool[Tensor, "#batch kv_len"] | None = None,
     query_padding: Bool[Tensor, "#batch q_len"] | None = None,
     pooling: Pooling = "mass",
+    mask_heads: int | None = None,
+    tile: int | None = None,
+    caps: Float[Tensor, " heads"] | None = None,
 ) -> SparseMask:
     """Row-wise top-k (Liu et al., IEEE TC 2022, §3): every query block keeps its budget exactly.
 
@@ -49,15 +52,25 @@ def topk_mask(
     Args:
         scores: in units of q·k·scale, where blocks are pooled; else any.
         query_padding: True = a real query; the others have no say in a block's choice.
-        pooling: how pairs become one score per block (`pool_scores`); unused for (1, 1).
+        pooling: how pairs become one score per block (`pool_scores`); unused for (1, 1) unless
+            heads share a mask.
+        mask_heads: heads of the mask, each shared by heads / mask_heads neighbouring ones; None:
+            as many as the scores have.
+        tile: keys of a tile, a multiple of the block's: the budget is split over tiles and spent
+            in each of them alone (`Grid.shares`); None: over the whole row.
+        caps: a score per head above which all count alike.
 
     Returns:
-        A mask of the scores' batch and heads.
+        A mask of the scores' batch and of `mask_heads` heads.
     """
     scores = Scores.of(scores)
+    heads = scores.heads if mask_heads is None else mask_heads
     grid = _grid(scores, block_size, is_causal, key_padding)
-    budget = grid.budget(sparsity, minimum_keys)
-    counts = budget[:, None].expand(scores.batch, scores.heads, grid.q_blocks)
+    width = grid.kv_blocks if tile is None else tile // block_size[1]
+    shares = grid.budget(sparsity, minimum_keys)[..., None]
+    shares = shares if width >= grid.kv_blocks else grid.shares(shares[..., 0], width)
+    budget = shares.sum(-1)
+    counts = budget[:, None].expand(scores.batch, heads, grid.q_blocks)
     offsets = _offsets(counts)
     out = torch.empty(int(offsets[-1, -1, -1]), dtype=torch.int32, device=scores.device)
     for start, stop in scores.chunks(block_size[0]):
@@ -66,21 +79,44 @@ def topk_mask(
             continue
         first, last = start // block_size[0], -(-stop // block_size[0])
         chunk = scores.rows(start, stop, keys)
-        if block_size != (1, 1):
+        if caps is not None:
+            chunk = chunk.minimum(caps.to(chunk.device)[:, None, None])
+        if block_size != (1, 1) or heads != scores.heads:
             voters = None if query_padding is None else query_padding[:, start:stop]
             pairs = grid.allowed_pairs(start, stop, keys)
-            chunk = pool_scores(chunk, pairs, block_size, pooling, voters)
-        attended = None if grid.attended is None else grid.attended[:, : chunk.shape[-1]]
+            chunk = pool_scores(chunk, pairs, block_size, pooling, voters, heads)
+        _select_tiles(chunk, grid, shares, width, (first, last), offsets, out)
+    if shares.shape[-1] > 1:  # tiles counted their keys from 0
+        counts = shares[:, None].expand(scores.batch, heads, -1, -1)
+        first_key = torch.arange(0, grid.kv_blocks, width, dtype=torch.int32, device=out.device)
+        out += first_key.expand(counts.shape).flatten().repeat_interleave(counts.flatten())
+    return _mask(out, offsets, grid)
+
+
+def _select_tiles(
+    scores: Float[Tensor, "batch heads rows keys"],
+    grid: Grid,
+    shares: Int64[Tensor, "_ q_blocks tiles"],
+    width: int,
+    rows: tuple[int, int],
+    offsets: Int64[Tensor, "batch heads q_blocks_plus_1"],
+    out: Int32[Tensor, " nnz"],
+) -> None:
+    """The best of each tile of `width` key blocks, counted from the tile's first."""
+    first, last = rows
+    starts = offsets[:, :, first:last]
+    for number in range(-(-scores.shape[-1] // width)):
+        some = slice(number * width, min((number + 1) * width, scores.shape[-1]))
         select_rows(
-            chunk,
-            grid.visible[:, first:last],
-            budget[:, first:last],
-            grid.diagonal[first:last],
-            attended,
-            offsets[:, :, first:last],
+            scores[..., some],
+            (grid.visible[:, first:last] - some.start).clamp(min=0, max=width),
+            shares[:, first:last, number],
+            (grid.diagonal[first:last] - some.start).clamp(min=0, max=width),
+            None if grid.attended is None else grid.attended[:, some],
+            starts,
             out,
         )
-    return _mask(out, offsets, grid)
+        starts = starts + shares[:, None, first:last, number]
 
 
 @torch.no_grad()
@@ -92,6 +128,7 @@ def threshold_mask(
     block_size: tuple[int, int] = (1, 1),
     is_causal: bool = False,
     key_padding: Bool[Tensor, "#batch kv_len"] | None = None,
+    mask_heads: int | None = None,
 ) -> SparseMask:
     """Every pair whose score reaches the threshold (Liu et al., IEEE TC 2022, §3).
 
@@ -101,8 +138,10 @@ def threshold_mask(
     Args:
         threshold: one number, or one per head, in the units of the scores.
         probability: compare the softmax of each row over its allowed keys instead of the score.
+        mask_heads: heads of the mask; one that several heads share keeps what any of them does.
     """
     scores = Scores.of(scores)
+    heads = scores.heads if mask_heads is None else mask_heads
     grid = _grid(scores, block_size, is_causal, key_padding)
     level: Tensor | float = threshold
     if isinstance(threshold, Tensor):
@@ -115,7 +154,7 @@ def threshold_mask(
         keys = grid.keys_of(stop)
         first, last = start // block_size[0], -(-stop // block_size[0])
         if not keys:
-            counts.append(_no_counts(scores, last - first))
+            counts.append(_no_counts(scores, heads, last - first))
             found.append(torch.empty(0, dtype=torch.int32, device=scores.device))
             continue
         may = grid.allowed_pairs(start, stop, keys)
@@ -124,7 +163,7 @@ def threshold_mask(
             chunk = chunk.log_softmax(-1)
         keep = chunk >= level
         keep.scatter_(-1, chunk.argmax(-1, keepdim=True), True)
-        kept = any_pair(keep & may, block_size)
+        kept = any_pair(keep & may, block_size, heads)
         if is_causal:
             must = grid.diagonal_blocks(first, last, kept.shape[-1])
             kept = kept | (must & grid.allowed_blocks(first, last, kept.shape[-1]))
@@ -169,8 +208,8 @@ def _gather_chunks(
     return out
 
 
-def _no_counts(scores: Scores, rows: int) -> Tensor:
-    shape = (scores.batch, scores.heads, rows)
+def _no_counts(scores: Scores, heads: int, rows: int) -> Tensor:
+    shape = (scores.batch, heads, rows)
     return torch.zeros(shape, dtype=torch.int64, device=scores.device)
 
 
