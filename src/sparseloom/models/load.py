@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import logging
 
 from sparseloom.models.base import BYTE_VOCABULARY, LoadedModel
+from sparseloom.models.classes import own_class
 
 BUILT_IN = ("stdlib", "minilm")
 """Names that `load_model` knows without a folder or a network."""
@@ -60,6 +61,9 @@ def from_huggingface(
     source: str, *, head: Head, dtype: torch.dtype, name: str | None = None
 ) -> LoadedModel:
     """Model and tokenizer of a Hugging Face folder or hub name, with errors in one sentence."""
+    own = own_class(Path(source))
+    if own is not None:
+        return LoadedModel(name or source, own.from_pretrained(source, dtype=dtype).eval(), None)
     local = Path(source).is_dir() or not _on_hub(source)
     with _quiet():
         try:

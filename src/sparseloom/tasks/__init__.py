@@ -23,6 +23,10 @@ _TASKS = {
     "ptb": ("language_modelling", "PennTreebank"),
     "sts-b": ("stsb", "SemanticSimilarity"),
     "imdb": ("imdb", "MovieReviews"),
+    "lra-text": ("lra_text", "LraText"),
+    "lra-retrieval": ("lra_retrieval", "LraRetrieval"),
+    "lra-image": ("lra_image", "LraImage"),
+    "lra-listops": ("lra_listops", "LraListOps"),
 }
 
 

@@ -31,21 +31,28 @@ class Review:
     text: str
 
 
-def read_reviews(raw: bytes) -> list[Review]:
-    """Reviews of a table label, rating, id, text with a header; texts may hold tabs.
+def read_table(raw: bytes) -> Iterator[tuple[bool, bytes]]:
+    """(favourable, text) of each row of a table label, rating, id, text with a header.
 
-    Raises ValueError naming the first line that is something else.
+    Texts are bytes as they stand and may hold tabs.  Raises ValueError naming the first line that
+    is something else.
     """
     header, *lines = raw.removesuffix(b"\n").split(b"\n")
     if header.split(b"\t") != [b"label", b"rating", b"id", b"text"]:
         raise ValueError("the IMDB table must begin with the columns label, rating, id, text")
-    reviews: list[Review] = []
     for number, line in enumerate(lines, 2):
         fields = line.split(b"\t", 3)
         if len(fields) != 4 or fields[0] not in {b"0", b"1"}:
             raise ValueError(f"line {number} of the IMDB table is not label, rating, id, text")
-        reviews.append(Review(fields[0] == b"1", fields[3].decode("utf-8", errors="replace")))
-    return reviews
+        yield fields[0] == b"1", fields[3]
+
+
+def read_reviews(raw: bytes) -> list[Review]:
+    """The rows of `read_table` with decoded texts."""
+    return [
+        Review(positive, text.decode("utf-8", errors="replace"))
+        for positive, text in read_table(raw)
+    ]
 
 
 class MovieReviews(Task):

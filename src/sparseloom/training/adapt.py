@@ -158,6 +158,7 @@ def finetune(
     model_loss: ModelLoss | None = None,
     mixed_precision: Literal["no", "bf16", "fp16"] = "no",
     accelerator: Any = None,
+    settings: LoopSettings | None = None,
     seed: int = 0,
     out: Path | str | None = None,
     progress: bool = True,
@@ -167,8 +168,12 @@ def finetune(
     The weights of a `Learned` method learn too (fresh ones are made by `adapt`).  For a
     `Predicting` one the loss is L_model + λ·L_predictor (equation 7); for every other method,
     `Dense()` included, it is L_model alone, which gives the control of equal training.
-    Arguments are those of `adapt`.
+    Arguments are those of `adapt`; `settings` sets the optimiser and the law of its rate where the
+    defaults do not fit (its steps must be `steps`).
     """
+    settings = settings or LoopSettings(steps)
+    if settings.steps != steps:
+        raise ValueError(f"settings.steps must be {steps}, as `steps` says, got {settings.steps}")
     _check(0, steps, loss, lr, predictor_lr, query_rows)
     accelerator = accelerator or make_accelerator(mixed_precision)
     model.to(accelerator.device)
@@ -205,7 +210,7 @@ def finetune(
                 iter(batches) if not isinstance(batches, (list, tuple)) else repeat(batches),
                 modules,
                 groups,
-                LoopSettings(steps),
+                settings,
                 accelerator=accelerator,
                 checkpoint=None if out is None else Path(out) / "fine-tune.pt",
                 progress=progress,

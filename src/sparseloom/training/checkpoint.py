@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sparseloom.methods import Learned, Method
+from sparseloom.models.classes import class_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,19 +60,14 @@ def load(path: Path | str) -> tuple[PreTrainedModel, Method]:
 
     Raises FileNotFoundError when there is no such folder and ValueError when it holds no method.
     """
-    import transformers
-
     path = Path(path)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"path: no saved model in {path} (config.json is missing)")
-    config = transformers.AutoConfig.from_pretrained(path)
-    settings = getattr(config, "sparse", None)
+    cls = class_of(path)
+    assert cls.config_class is not None
+    settings = getattr(cls.config_class.from_pretrained(path), "sparse", None)
     if settings is None:
         raise ValueError(f"path: {path} holds a model without a sparse method (config.sparse)")
-    names = config.architectures or []
-    cls = getattr(transformers, names[0], None) if names else None
-    if cls is None:
-        raise ValueError(f"path: {path} names no model class of transformers, got {names}")
     return cls.from_pretrained(path).eval(), load_method(path, settings)
 
 

@@ -5,10 +5,11 @@ accelerate chooses device and precision; torch has the optimisers.  The loop onl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +18,47 @@ Batch = Mapping[str, Tensor]
 Step = Callable[[Batch], tuple[Tensor, dict[str, float]]]
 
 
+Law = Literal["linear", "rsqrt", "cosine"]
+
+
 @dataclass(frozen=True, slots=True)
 class LoopSettings:
-    """How long and how boldly to train.  `warmup` is a share of `steps`; the rate then falls
-    linearly to a tenth.  `save_every` counts steps between checkpoints."""
+    """How long and how boldly to train.
+
+    Attributes:
+        steps: optimiser steps.
+        warmup: share of `steps` over which the rate rises linearly; above 1 it never gets there.
+        grad_clip: largest norm of all gradients together; None leaves them as they are.
+        save_every: steps between checkpoints.
+        law: what follows the rise: `"linear"`, down to a tenth of the peak; `"rsqrt"`, as one over
+            the root of the step; `"cosine"`, half a cosine over `steps`, down to nothing.
+        betas, eps, weight_decay: of AdamW.
+    """
 
     steps: int
     warmup: float = 0.05
-    grad_clip: float = 1.0
+    grad_clip: float | None = 1.0
     save_every: int = 50
+    law: Law = "linear"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.law not in get_args(Law):
+            names = ", ".join(map(repr, get_args(Law)))
+            raise ValueError(f"law must be one of {names}, got {self.law!r}")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step as a share of its peak."""
-        rise = (step + 1) / max(1.0, self.warmup * self.steps)
-        return min(1.0, rise, 0.1 + 0.9 * (self.steps - step) / max(1, self.steps))
+        rising = self.warmup * self.steps
+        rise = (step + 1) / max(1.0, rising)
+        if self.law == "linear":
+            return min(1.0, rise, 0.1 + 0.9 * (self.steps - step) / max(1, self.steps))
+        if self.law == "rsqrt":
+            return min(1.0, rise) * math.sqrt(max(1.0, rising) / max(step + 1, rising, 1.0))
+        progress = max(0.0, step + 1 - rising) / max(1, self.steps)
+        return min(1.0, rise) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
 
 
 def make_accelerator(mixed_precision: str) -> Any:
@@ -60,7 +88,9 @@ def run_loop(
     loop continues after the last saved step (the batches before it are drawn and dropped, so a
     seeded iterator gives the same run); the file holds `modules`, optimiser and log.
     """
-    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(
+        groups, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
+    )
     peaks = [group["lr"] for group in optimiser.param_groups]
     log: list[dict[str, float]] = []
     first = 0
@@ -97,7 +127,8 @@ def run_loop(
                 raise FloatingPointError(f"{name}: the loss is {loss.item()} at step {index}")
             accelerator.backward(loss)
             parameters = [p for group in optimiser.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
+            if settings.grad_clip is not None:
+                nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
             optimiser.step()
             optimiser.zero_grad()
             log.append({"step": float(index + 1), **values})
