@@ -65,7 +65,8 @@ class LraConfig(PretrainedConfig):
         dual: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**{"pad_token_id": PADDING, **kwargs})
+        settings: dict[str, Any] = {"pad_token_id": PADDING, **kwargs}
+        super().__init__(**settings)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.qkv_size = hidden_size if qkv_size is None else qkv_size
@@ -253,13 +254,11 @@ class LraHead(nn.Module):
 
     def __init__(self, config: LraConfig) -> None:
         super().__init__()
-        inner = config.intermediate_size
-        sizes = [config.hidden_size, inner, config.num_labels]
+        inner, classes = config.intermediate_size, int(config.num_labels or 0)
+        sizes = [config.hidden_size, inner, classes]
         if config.dual:
-            sizes = [2 * config.hidden_size, inner, inner // 2, config.num_labels]
-        self.layers = nn.ModuleList(
-            nn.Linear(a, b) for a, b in pairwise(sizes)
-        )
+            sizes = [2 * config.hidden_size, inner, inner // 2, classes]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, vector: Float[Tensor, "batch width"]) -> Float[Tensor, "batch classes"]:
         """Logits."""

@@ -90,4 +90,5 @@ def lra_config(task: str, *, length: int | None = None, **changes: Any) -> LraCo
     if name not in _SIZES:
         raise unknown_name("task", task, _SIZES)
     size = LENGTHS[name] if length is None else length
-    return LraConfig(**{**_SIZES[name], "max_position_embeddings": size + 1, **changes})
+    settings: dict[str, Any] = {**_SIZES[name], "max_position_embeddings": size + 1, **changes}
+    return LraConfig(**settings)
