@@ -12,13 +12,19 @@ import torch
 from sparseloom.mask import SparseMask
 from sparseloom.methods import (
     METHODS,
+    Attender,
     AttentionInputs,
     Dense,
     DynamicSparse,
+    Learned,
+    Linformer,
     Method,
+    MethodShape,
     Oracle,
+    Performer,
     Predictor,
     RandomMask,
+    Reformer,
     Selector,
     SlidingWindow,
     format_method,
@@ -30,6 +36,16 @@ HEADS, HEAD_DIM, HIDDEN = 2, 8, 24
 PREDICTOR = Predictor.for_shape(
     layers=2, hidden_size=HIDDEN, heads=HEADS, head_dim=HEAD_DIM, projection=0.5, rotary=True
 ).eval()
+SHAPE = MethodShape(
+    layers=2,
+    hidden_size=HIDDEN,
+    heads=HEADS,
+    kv_heads=1,
+    head_dim=HEAD_DIM,
+    max_length=32,
+    rotary=False,
+    is_causal=False,
+)
 
 EXAMPLES: dict[str, list[Method]] = {
     "dense": [Dense()],
@@ -66,12 +82,28 @@ EXAMPLES: dict[str, list[Method]] = {
         SlidingWindow(sparsity=0.7, growing=True, minimum_keys=3),
     ],
     "random": [RandomMask(sparsity=0.8, seed=3), RandomMask(minimum_keys=1)],
+    "linformer": [
+        Linformer(rank=6).initialise(SHAPE),
+        Linformer(rank=40, share_kv=True).initialise(SHAPE),
+    ],
+    "performer": [
+        Performer().initialise(SHAPE),
+        Performer(kernel="relu", features=5, redraw_every=0).initialise(SHAPE),
+        Performer(kernel="relu", features=0, epsilon=0.01).initialise(SHAPE),
+    ],
+    "reformer": [
+        Reformer(rounds=2, bucket_size=4).initialise(SHAPE),
+        Reformer(rounds=1, buckets=4).initialise(SHAPE),
+    ],
 }
 CASES = [
     pytest.param(method, id=format_method(method))
     for methods in EXAMPLES.values()
     for method in methods
 ]
+SELECTORS = [case for case in CASES if isinstance(case.values[0], Selector)]
+ATTENDERS = [case for case in CASES if isinstance(case.values[0], Attender)]
+NOT_CAUSAL = ("linformer",)
 
 
 def inputs_of(
@@ -133,7 +165,7 @@ def test_settings_are_frozen_and_documented(method: Method) -> None:
 
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("padding", [True, False])
-@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize("method", SELECTORS)
 def test_masks_are_valid_and_keep_something(method: Method, is_causal: bool, padding: bool) -> None:
     assert isinstance(method, Selector)
     inputs = inputs_of(is_causal=is_causal, padding=padding)
@@ -157,7 +189,7 @@ def test_masks_are_valid_and_keep_something(method: Method, is_causal: bool, pad
     assert method.select(inputs) == mask
 
 
-@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize("method", SELECTORS)
 def test_cost_rule_and_costs(method: Method) -> None:
     assert isinstance(method, Selector)
     inputs = inputs_of()
@@ -169,6 +201,83 @@ def test_cost_rule_and_costs(method: Method) -> None:
     assert method.worthwhile(4096, 4096) == bool(dropped)
     state = method.new_state(0)
     assert (state is not None) == method.owns_cache_state
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("padding", [True, False])
+@pytest.mark.parametrize("method", ATTENDERS)
+def test_replaced_attention_never_sees_padding_or_the_future(
+    method: Attender, is_causal: bool, padding: bool
+) -> None:
+    inputs = inputs_of(is_causal=is_causal, padding=padding)
+    if is_causal and method.name in NOT_CAUSAL:
+        with pytest.raises(NotImplementedError, match="runs in bidirectional models only"):
+            method.attend(inputs)
+        return
+    out = method.attend(inputs)
+    assert out.shape == inputs.query.shape
+    assert out.isfinite().all()
+    assert torch.equal(method.attend(inputs), out)
+    changed = torch.zeros(2, 20, dtype=torch.bool)
+    if inputs.key_padding is not None:
+        changed |= ~inputs.key_padding
+    if is_causal:
+        changed[:, 15:] = True
+    by_hashes = is_causal and method.name == "reformer"  # later queries move the sorted order
+    noise = 3 * torch.randn(2, HEADS, 20, HEAD_DIM) * changed[:, None, :, None]
+    assert inputs.value is not None
+    assert inputs.hidden_states is not None
+    other = dataclasses.replace(
+        inputs,
+        query=inputs.query + (0 if by_hashes else noise),
+        key=inputs.key + noise[:, :1],
+        value=inputs.value + noise[:, :1],
+        hidden_states=inputs.hidden_states.masked_fill(changed[..., None], 9.0),
+    )
+    kept = ~changed[:, None, :, None].expand_as(out)
+    if is_causal:
+        kept[:, :, 15:] = False
+    torch.testing.assert_close(method.attend(other)[kept], out[kept], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ATTENDERS)
+def test_replaced_attention_counts_its_products(method: Attender) -> None:
+    shape = inputs_of(is_causal=False).shape
+    one = method.macs(dataclasses.replace(shape, batch=1, heads=1))
+    assert one > 0
+    assert method.macs(shape) == 4 * one
+
+
+@pytest.mark.parametrize("method", [case for case in CASES if isinstance(case.values[0], Learned)])
+def test_weights_are_stored_and_restored(method: Learned) -> None:
+    assert method.module is not None
+    state = {name: tensor.clone() for name, tensor in method.module.state_dict().items()}
+    texts = {name: str(size) for name, size in method.sizes().items()}
+    bare = Method.from_dict(method.to_dict())
+    assert isinstance(bare, Learned)
+    assert bare.module is None
+    with pytest.raises(ValueError, match="has no"):
+        bare.sizes()
+    again = bare.restore(texts, state)
+    assert again.module is not None
+    stored = again.module.state_dict()
+    assert stored.keys() == state.keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in state.items())
+    with pytest.raises(ValueError, match="layers of the stored"):
+        bare.restore({**texts, "layers": "two"}, state)
+    with pytest.raises(ValueError, match="do not fit"):
+        bare.restore({**texts, "layers": "3"}, state)
+    other = bare.initialise(SHAPE, seed=1).module
+    same = bare.initialise(SHAPE, seed=1).module
+    assert other is not None
+    assert same is not None
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(other.state_dict().values(), state.values(), strict=True)
+        if a.shape == b.shape
+    )
+    for a, b in zip(other.state_dict().values(), same.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_shape_counts_the_allowed_pairs() -> None:
@@ -215,6 +324,8 @@ def test_shape_counts_the_allowed_pairs() -> None:
         ("oracle:threshold=0", r"threshold must be in \(0, 1\), got 0.0"),
         ("window", "exactly one of sparsity and width"),
         ("window:width=4,growing=true", "width must be none for a growing window, got 4"),
+        ("performer:kernel=elu", "kernel must be one of 'softmax', 'relu', got 'elu'"),
+        ("reformer:buckets=5", "buckets must be an even number of at least 2, got 5"),
         ("random:seed=-1", "seed must be an integer of at least 0, got -1"),
     ],
 )

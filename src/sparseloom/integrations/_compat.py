@@ -84,14 +84,6 @@ def scale_of(module: nn.Module, head_dim: int, given: float | None) -> float:
     return scale
 
 
-def in_recomputation() -> bool:
-    """Whether this forward code runs inside a backward pass, as gradient checkpointing makes it.
-
-    Accumulators use it to count each attention call once.
-    """
-    return torch._C._current_graph_task_id() != -1
-
-
 def has_bert_layout(module: nn.Module) -> bool:
     """Whether `module` is a self-attention of 4.x that `bert_forward` can stand in for."""
     return MAJOR < 5 and any(kind.__name__ in _BERT_LAYOUT for kind in type(module).__mro__)

@@ -19,6 +19,7 @@ from sparseloom.integrations.stats import LayerCounts
 from sparseloom.kernels import attention, choose_backend
 from sparseloom.mask import SparseMask
 from sparseloom.methods import costs
+from sparseloom.methods.attender import in_recomputation
 from sparseloom.methods.base import Attender, AttentionInputs, Method, Selector
 
 # Arguments of other attention functions that change the result; None and False are harmless.
@@ -174,11 +175,13 @@ def _run(session: Session, inputs: AttentionInputs, dropout: float) -> Tensor:
             else:
                 method.remember(inputs)
     backend = "auto" if mask is None else session.backend
+    macs = None
     if isinstance(method, Attender):
-        out, name = method.attend(inputs), method.name
+        out, name = method.attend(inputs, dropout_p=dropout), method.name
+        macs = method.macs(inputs.shape)
     else:
         out, name = _compute(inputs, mask, dropout, backend)
-    if not _compat.in_recomputation():
+    if not in_recomputation():
         quality = None
         if session.diagnose and mask is not None:
             quality = measure(inputs, mask, method)
@@ -187,6 +190,7 @@ def _run(session: Session, inputs: AttentionInputs, dropout: float) -> Tensor:
             mask,
             backend=name,
             prediction_macs=prediction_macs,
+            replaced_macs=macs,
             quality=quality,
         )
     if session.observer is not None:

@@ -20,13 +20,15 @@ class LayerStats(TypedDict):
     Attributes:
         layer: its number.
         method: short form of the method.
-        ran: "sparse" or "dense": what the calls did ("sparse" if any did).
+        ran: "sparse", "dense" or "replaced" (by a method that computes attention in another way):
+            what the calls did ("sparse" if any did).
         backend: the kernel that ran last.
         calls, dense_calls: attention calls, and those of them that the method ran dense.
-        density: kept over allowed pairs (`SparseMask.density`).
+        density: kept over allowed pairs (`SparseMask.density`).  Where attention is replaced no
+            mask leaves a pair out: density is 1, and the saving shows in `attention_macs`.
         kept_pairs, allowed_pairs: (query, key) pairs over batch and query heads.
         attention_macs, dense_macs: multiply-accumulates of Q·Kᵀ and P·V over the kept, and over
-            the allowed pairs.
+            the allowed pairs; of a method that replaces attention, its own count (`macs`).
         prediction_macs: multiply-accumulates spent on choosing.
         bytes: least memory traffic of the calls: queries and outputs once, of each key/value head
             as many keys and values as can have been kept, and the mask's index lists.
@@ -59,6 +61,7 @@ class LayerCounts:
 
     calls: int = 0
     dense_calls: int = 0
+    replaced: bool = False
     kept: int = 0
     allowed: int = 0
     attention_macs: int = 0
@@ -73,7 +76,7 @@ class LayerCounts:
         row = LayerStats(
             layer=layer,
             method=method,
-            ran="sparse" if self.calls > self.dense_calls else "dense",
+            ran=self._ran(),
             backend=self.backend,
             calls=self.calls,
             dense_calls=self.dense_calls,
@@ -89,6 +92,11 @@ class LayerCounts:
         row.update(means)
         return row
 
+    def _ran(self) -> str:
+        if self.replaced:
+            return "replaced"
+        return "sparse" if self.calls > self.dense_calls else "dense"
+
     def add(
         self,
         inputs: AttentionInputs,
@@ -96,9 +104,10 @@ class LayerCounts:
         *,
         backend: str,
         prediction_macs: int = 0,
+        replaced_macs: int | None = None,
         quality: Mapping[str, float] | None = None,
     ) -> None:
-        """Count one call; `mask` is None where it ran dense."""
+        """Count one call; `mask` is None where it ran dense, or where attention was replaced."""
         batch, heads, q_len, head_dim = inputs.query.shape
         kv_heads, kv_len = inputs.key.shape[1:3]
         value_dim = head_dim if inputs.value is None else inputs.value.shape[-1]
@@ -114,10 +123,11 @@ class LayerCounts:
         for name, measured in (quality or {}).items():
             self.quality.setdefault(name, []).append(measured)
         self.calls += 1
-        self.dense_calls += mask is None
+        self.replaced = replaced_macs is not None
+        self.dense_calls += mask is None and not self.replaced
         self.kept += (all_kept := int(kept.sum()))
         self.allowed += (all_allowed := int(allowed.sum()))
-        self.attention_macs += all_kept * width
+        self.attention_macs += all_kept * width if replaced_macs is None else replaced_macs
         self.dense_macs += all_allowed * width
         # A key that no query keeps is never read; each pair can bring in one at most.
         keys = int(kept.unflatten(1, (kv_heads, -1)).sum(-1).clamp(max=kv_len).sum())

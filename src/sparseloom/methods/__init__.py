@@ -14,10 +14,13 @@ from sparseloom.methods.base import (
 from sparseloom.methods.dense import Dense
 from sparseloom.methods.dynamic import DynamicSparse
 from sparseloom.methods.learned import Learned, MethodShape, Predicting
+from sparseloom.methods.linformer import Linformer
 from sparseloom.methods.oracle import Oracle
+from sparseloom.methods.performer import Performer
 from sparseloom.methods.predictor import LayerPredictor, Predictor, PredictorKeys
 from sparseloom.methods.quality import overlap, retained_mass
 from sparseloom.methods.random_mask import RandomMask
+from sparseloom.methods.reformer import Reformer
 from sparseloom.methods.registry import METHODS, format_method, method_names, parse_method
 from sparseloom.methods.selection import budgets, threshold_mask, topk_mask
 from sparseloom.methods.thresholds import calibrate_thresholds
@@ -33,14 +36,17 @@ __all__ = [
     "LayerPredictor",
     "LayerState",
     "Learned",
+    "Linformer",
     "Method",
     "MethodShape",
     "Oracle",
+    "Performer",
     "Predicting",
     "Predictor",
     "PredictorKeys",
     "Pruner",
     "RandomMask",
+    "Reformer",
     "Selector",
     "SlidingWindow",
     "Survivors",

@@ -262,5 +262,19 @@ class Attender(Method):
     """A method that computes attention in another way (Linformer, Performer, static regions)."""
 
     @abstractmethod
-    def attend(self, inputs: AttentionInputs) -> Float[Tensor, "batch heads q_len value_dim"]:
-        """The attention output; `inputs.value` is present."""
+    def attend(
+        self, inputs: AttentionInputs, *, dropout_p: float = 0.0
+    ) -> Float[Tensor, "batch heads q_len value_dim"]:
+        """The attention output; `inputs.value` is present.
+
+        Args:
+            inputs: the call.
+            dropout_p: the model's attention dropout, 0 outside of training.
+
+        Raises:
+            NotImplementedError: a causal call or a cache that the method has no form for.
+        """
+
+    @abstractmethod
+    def macs(self, shape: AttentionShape) -> int:
+        """Multiply-accumulates of the matrix products of one call, over batch and query heads."""

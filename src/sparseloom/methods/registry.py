@@ -10,13 +10,26 @@ from sparseloom.errors import unknown_name
 from sparseloom.methods.base import Method
 from sparseloom.methods.dense import Dense
 from sparseloom.methods.dynamic import DynamicSparse
+from sparseloom.methods.linformer import Linformer
 from sparseloom.methods.oracle import Oracle
+from sparseloom.methods.performer import Performer
 from sparseloom.methods.random_mask import RandomMask
+from sparseloom.methods.reformer import Reformer
 from sparseloom.methods.settings import coerce_value, format_value, parse_value, setting_hints
 from sparseloom.methods.window import SlidingWindow
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (Dense, Oracle, DynamicSparse, SlidingWindow, RandomMask)
+    cls.name: cls
+    for cls in (
+        Dense,
+        Oracle,
+        DynamicSparse,
+        SlidingWindow,
+        RandomMask,
+        Linformer,
+        Performer,
+        Reformer,
+    )
 }
 """Tag → class.  A new method is listed here once; text, JSON and the test matrix follow."""
 
