@@ -36,8 +36,13 @@ def paired_bootstrap(
         )
     difference = ours - theirs
     generator = np.random.default_rng(seed)
-    picks = generator.integers(0, len(difference), (resamples, len(difference)))
-    means = difference[picks].mean(axis=1)
+    means = np.empty(resamples)
+    step = max(1, 1_000_000 // len(difference))  # 16 MB at once
+    for first in range(0, resamples, step):
+        some = means[first : first + step]
+        some[:] = difference[
+            generator.integers(0, len(difference), (len(some), len(difference)))
+        ].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return PairedDifference(
         mean=float(difference.mean()),

@@ -10,8 +10,8 @@ from sparseloom.methods.oracle import Oracle
 from sparseloom.methods.quality import overlap, retained_mass
 
 
-def measure(inputs: AttentionInputs, mask: SparseMask, method: Method) -> dict[str, float]:
-    """Prediction overlap, retained mass, and the mass the oracle retains; means over heads.
+def measure(inputs: AttentionInputs, mask: SparseMask, method: Method) -> dict[str, list[float]]:
+    """Prediction overlap, retained mass, and the mass the oracle retains, by head.
 
     The oracle is exact top-k with the method's own sparsity, block size and least number of keys.
     For a method without a sparsity (a threshold, a fixed width) it gets the mask's density.
@@ -22,8 +22,10 @@ def measure(inputs: AttentionInputs, mask: SparseMask, method: Method) -> dict[s
         sparsity, least = max(0.0, 1.0 - mask.density(**who)), 1
     exact = Oracle(sparsity=sparsity, block_size=mask.block_size, minimum_keys=least).select(inputs)
     mass: Any = {"scale": inputs.scale, "query_padding": inputs.query_padding, **who}
-    return {
-        "prediction_overlap": float(overlap(mask, exact, **who).mean()),
-        "retained_mass": float(retained_mass(inputs.query, inputs.key, mask, **mass).mean()),
-        "oracle_mass": float(retained_mass(inputs.query, inputs.key, exact, **mass).mean()),
+    found = {
+        "prediction_overlap": overlap(mask, exact, **who),
+        "retained_mass": retained_mass(inputs.query, inputs.key, mask, **mass),
+        "oracle_mass": retained_mass(inputs.query, inputs.key, exact, **mass),
     }
+    heads = inputs.query.shape[1]
+    return {name: by.mean(0).expand(heads).tolist() for name, by in found.items()}

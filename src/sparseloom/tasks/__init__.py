@@ -27,6 +27,7 @@ _TASKS = {
     "lra-retrieval": ("lra_retrieval", "LraRetrieval"),
     "lra-image": ("lra_image", "LraImage"),
     "lra-listops": ("lra_listops", "LraListOps"),
+    "imdb-sentiment": ("sentiment", "SentimentClassification"),
 }
 
 

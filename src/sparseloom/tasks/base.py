@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparseloom.models.base import LoadedModel
+from sparseloom.models.load import Head
 
 Progress = Callable[[int, int], None]
 """Called with (items done, items in all) while a score is computed."""
@@ -56,6 +57,8 @@ class Task(ABC):
     name: ClassVar[str]
     metric: ClassVar[str]
     higher_is_better: ClassVar[bool]
+    head: ClassVar[Head] = "auto"
+    """What `load_model` has to put on top of a model for this task."""
 
     @abstractmethod
     def load(self, data: Path | None = None) -> Task:

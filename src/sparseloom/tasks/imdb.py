@@ -113,17 +113,18 @@ class MovieReviews(Task):
             f"count must be at most {len(rows)}, the reviews of {length} tokens, got {count}"
         )
 
-    def _chosen(self, limit: int | None) -> list[Review]:
+    def chosen(self, limit: int | None) -> list[Review]:
+        """The first `limit` test reviews of a fixed random order: files alternate the classes."""
         reviews = self.reviews("test")
-        indices = spread(len(reviews), _DEFAULT_LIMIT if limit is None else limit)
-        return [reviews[i] for i in indices]
+        spread(len(reviews), limit)  # refuses what is out of range
+        return [reviews[i] for i in np.random.default_rng(0).permutation(len(reviews))[:limit]]
 
     def inputs(
         self, model: LoadedModel | PreTrainedModel, *, limit: int | None = None
     ) -> Iterator[Batch]:
         """The padded batches of documents that `score` embeds."""
         loaded = LoadedModel.of(model)
-        texts = [review.text for review in self._chosen(limit)]
+        texts = [review.text for review in self.chosen(_DEFAULT_LIMIT if limit is None else limit)]
         for chosen in length_batches(texts, _BATCH):
             batch = tokenized(loaded, [texts[i] for i in chosen], max_length=self.max_length)
             yield {key: value.to(loaded.model.device) for key, value in batch.items()}
@@ -137,7 +138,7 @@ class MovieReviews(Task):
     ) -> Score:
         """Leave-one-out accuracy of a ridge classifier on the embeddings."""
         loaded = LoadedModel.of(model)
-        chosen = self._chosen(limit)
+        chosen = self.chosen(_DEFAULT_LIMIT if limit is None else limit)
         labels = np.array([review.positive for review in chosen])
         if labels.all() or not labels.any():
             raise ValueError(f"limit must be larger: {len(labels)} reviews of one sentiment only")

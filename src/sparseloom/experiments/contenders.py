@@ -1,0 +1,167 @@
+"""Studies of contenders: each tuned once, scored on the same items, compared item by item.
+
+What is finished lies in the study's folder and is never made again: a tuned model as a saved
+model, a score as a JSON file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparseloom.experiments.bootstrap import paired_bootstrap
+from sparseloom.experiments.compare import settings_of
+from sparseloom.integrations import sparsify
+from sparseloom.methods import Dense, Method
+from sparseloom.models import LoadedModel
+from sparseloom.tasks import Task
+from sparseloom.training import load, save
+
+Log = list[dict[str, float]]
+
+
+def tuned(
+    folder: Path,
+    make: Callable[[], LoadedModel],
+    method: Method,
+    train: Callable[[LoadedModel], tuple[Method, Log]],
+) -> tuple[LoadedModel, Method]:
+    """The model and method that `folder` holds, or those that `train` makes of a fresh model.
+
+    `train` returns the method with its trained weights and the log of its steps, which is stored
+    as FOLDER-curve.json.
+    """
+    fresh = make()
+    if (folder / "config.json").exists():
+        model, stored = load(folder)
+        return LoadedModel(fresh.name, model.float(), fresh.tokenizer), stored
+    method, log = train(fresh)
+    folder.with_name(f"{folder.name}-curve.json").write_text(json.dumps(log))
+    save(fresh.model, method, folder)
+    if fresh.tokenizer is not None:
+        fresh.tokenizer.save_pretrained(folder)
+    fresh.model.eval()
+    return fresh, method
+
+
+def scored(
+    file: Path,
+    task: Task,
+    loaded: LoadedModel,
+    method: Method,
+    *,
+    limit: int | None,
+    probe: int,
+    autocast: bool = False,
+    console: Any = None,
+) -> dict[str, Any]:
+    """Score per item, density, and how well the method's choices were predicted; kept in `file`.
+
+    Args:
+        limit: items to score.
+        probe: items on which choices are compared with the exact ones (slow); 0 for none.
+        autocast: run the model in bf16.
+        console: where a progress bar is shown.
+    """
+    if file.exists():
+        return json.loads(file.read_text())
+    from rich.progress import Progress
+
+    device = loaded.model.device.type
+    with (
+        torch.autocast(device, torch.bfloat16, enabled=autocast),
+        Progress(console=console, transient=True) as bar,
+        sparsify(loaded.model, method, when="always") as sparse,
+    ):
+        shown = bar.add_task(f"score {file.stem}", total=None)
+        score = task.score(
+            loaded,
+            limit=limit,
+            progress=lambda done, total: bar.update(shown, completed=done, total=total),
+        )
+        layers = sparse.stats()
+    quality: dict[str, Any] = {}
+    if probe and not isinstance(method, Dense):
+        with torch.no_grad(), sparsify(loaded.model, method, diagnose=True) as sparse:
+            for inputs in task.inputs(loaded, limit=probe):
+                loaded.model(**inputs)
+        rows = sparse.stats()
+        quality = {
+            "prediction_accuracy": [row["prediction_overlap"] for row in rows],
+            "retained_mass": [row["retained_mass"] for row in rows],
+            "oracle_mass": [row["oracle_mass"] for row in rows],
+            "prediction_accuracy_by_head": [row["prediction_overlap_by_head"] for row in rows],
+            "retained_mass_by_head": [row["retained_mass_by_head"] for row in rows],
+            "oracle_mass_by_head": [row["oracle_mass_by_head"] for row in rows],
+        }
+    entry = {
+        "method": method.name,
+        "settings": settings_of(method),
+        "value": score.value,
+        "per_item": [float(x) for x in score.per_item],
+        "density": sum(x["kept_pairs"] for x in layers) / sum(x["allowed_pairs"] for x in layers),
+        "accuracy": quality,
+        "notes": list(score.notes),
+    }
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(entry))
+    part.replace(file)
+    return entry
+
+
+@dataclass(frozen=True, slots=True)
+class Against:
+    """What the rows of one study have in common: names, and the contender they are held against."""
+
+    model: str
+    task: Task
+    control: str
+    seed: int
+
+
+def rows_against(study: Against, scores: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per contender in the results schema, with its paired loss against the control.
+
+    `difference` is ours − control; `loss` counts what is lost as positive whichever way the
+    metric points, with its one-sided 95 % bound.  An entry may name another control (`control`),
+    such as the same one scored on as few items.
+    """
+    control = scores[study.control]
+    rows: list[dict[str, Any]] = []
+    for label, entry in scores.items():
+        theirs = scores.get(entry.get("control", study.control), control)
+        ours = np.array(entry["per_item"])
+        base = np.array(theirs["per_item"])
+        sign = -1.0 if study.task.higher_is_better else 1.0
+        against = paired_bootstrap(ours, base)
+        loss = paired_bootstrap(sign * ours, sign * base)
+        rows.append(
+            {
+                "model": study.model,
+                "task": study.task.name,
+                "contender": label,
+                "method": entry["method"],
+                "settings": entry["settings"],
+                "sparsity": entry["settings"].get("sparsity"),
+                "density": entry["density"],
+                "metric": study.task.metric,
+                "value": entry["value"],
+                "dense_value": theirs["value"],
+                "difference": against.mean,
+                "difference_upper95": against.upper95,
+                "loss": loss.mean,
+                "loss_upper95": loss.upper95,
+                "loss_interval95": list(loss.interval95),
+                "items": against.items,
+                **entry["accuracy"],
+                "seed": study.seed,
+                "note": "; ".join(entry["notes"]),
+            }
+        )
+    return rows
