@@ -70,6 +70,8 @@ def adapt(
     as_json: Json = False,
 ) -> None:
     """Fine-tune model and predictor; a run that was stopped continues from its checkpoints."""
+    import torch
+
     from sparseloom.methods import Learned, parse_method
     from sparseloom.models import load_model
     from sparseloom.results import results
@@ -84,8 +86,9 @@ def adapt(
         raise FileExistsError(f"--out {out} exists: choose another folder or pass --overwrite")
     set_threads(threads)
     scorer = get_task(task)
-    loaded = load_model(model)
     scorer.load(data)
+    torch.manual_seed(seed)  # a fresh classifier draws its weights
+    loaded = load_model(model, head=scorer.head, classes=scorer.classes)
     steps = warmup_steps + joint_steps
     adapted = train(
         loaded.model,

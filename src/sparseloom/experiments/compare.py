@@ -90,9 +90,9 @@ def compare(
     chosen = unique_methods([parse_method(m) if isinstance(m, str) else m for m in methods])
     costed = {name: hardware.load(name) for name in machines}
     scorer = get_task(task)
-    loaded = load_model(model)
-    named = {str(method): with_predictor(method, loaded) for method in chosen}
     scorer.load(data)
+    loaded = load_model(model, head=scorer.head, classes=scorer.classes)
+    named = {str(method): with_predictor(method, loaded) for method in chosen}
     torch.manual_seed(seed)
     sample = next(iter(scorer.inputs(loaded, limit=1)))
 

@@ -25,7 +25,7 @@ from sparseloom.integrations.describe import attention_modules
 from sparseloom.methods import Dense, DynamicSparse, Learned, Method, RandomMask, SlidingWindow
 from sparseloom.models import LoadedModel, load_model
 from sparseloom.results import write_results
-from sparseloom.tasks.sentiment import SentimentClassification
+from sparseloom.tasks.classification import SentimentClassification
 from sparseloom.training import adapt, finetune
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -29,14 +29,19 @@ Head = Literal["auto", "causal", "encoder", "classifier"]
 
 
 def load_model(
-    name: str | Path, *, head: Head = "auto", dtype: torch.dtype | None = None
+    name: str | Path,
+    *,
+    head: Head = "auto",
+    classes: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
 ) -> LoadedModel:
     """Load a built-in model, a Hugging Face folder or hub name, or a llama2.c folder.
 
     `head` says what stands on top: "causal" a language-model head, "encoder" nothing, "classifier"
-    a sequence classifier (of two classes with fresh weights, where the model has none), "auto"
-    what the configuration names.  `dtype` defaults to float32.  A byte-level model (256 tokens, no
-    tokenizer files beside it) gets tokenizer None.  The model is returned in evaluation mode.
+    a sequence classifier (with fresh weights for `classes`, or for two, where the model has none),
+    "auto" what the configuration names.  `dtype` defaults to float32.  A byte-level model (256
+    tokens, no tokenizer files beside it) gets tokenizer None.  The model is returned in evaluation
+    mode.
 
     Raises ValueError when there is no such model, and ImportError naming the extra to install when
     the model lies in an optional package.
@@ -53,18 +58,23 @@ def load_model(
 
         if head == "causal":
             raise ValueError("head of 'minilm' must be 'encoder' or 'classifier', got 'causal'")
-        return load_minilm(dtype, head="encoder" if head == "auto" else head)
+        return load_minilm(dtype, head="encoder" if head == "auto" else head, classes=classes)
     folder = Path(name)
     if folder.is_dir():
         from sparseloom.models.llama2c import find_checkpoint, load_llama2c
 
         if not (folder / "config.json").exists() and find_checkpoint(folder) is not None:
             return load_llama2c(folder, dtype=dtype)
-    return from_huggingface(str(name), head=head, dtype=dtype)
+    return from_huggingface(str(name), head=head, dtype=dtype, classes=classes)
 
 
 def from_huggingface(
-    source: str, *, head: Head, dtype: torch.dtype, name: str | None = None
+    source: str,
+    *,
+    head: Head,
+    dtype: torch.dtype,
+    name: str | None = None,
+    classes: Sequence[str] = (),
 ) -> LoadedModel:
     """Model and tokenizer of a Hugging Face folder or hub name, with errors in one sentence."""
     own = own_class(Path(source))
@@ -77,6 +87,9 @@ def from_huggingface(
         except (OSError, ValueError) as error:
             raise ValueError(_not_found(source)) from error
         kind = _model_class(config, head)
+        if kind is AutoModelForSequenceClassification and not _is_classifier(config) and classes:
+            config.id2label = dict(enumerate(classes))
+            config.label2id = {label: number for number, label in enumerate(classes)}
         try:
             model: PreTrainedModel = kind.from_pretrained(
                 source, config=config, dtype=dtype, local_files_only=local
@@ -102,10 +115,14 @@ def _model_class(config: PretrainedConfig, head: Head) -> Any:
         architectures = config.architectures or []
         if any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in architectures):
             head = "causal"
-        elif any(a.endswith("ForSequenceClassification") for a in architectures):
+        elif _is_classifier(config):
             head = "classifier"
     by_head = {"causal": AutoModelForCausalLM, "classifier": AutoModelForSequenceClassification}
     return by_head.get(head, AutoModel)
+
+
+def _is_classifier(config: PretrainedConfig) -> bool:
+    return any(a.endswith("ForSequenceClassification") for a in config.architectures or [])
 
 
 def _has_tokenizer(source: str) -> bool:

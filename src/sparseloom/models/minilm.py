@@ -7,6 +7,7 @@ states over the tokens that are not padding, scaled to unit length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,12 +43,15 @@ def minilm_folder() -> Path:
     return folder
 
 
-def load_minilm(dtype: torch.dtype, *, head: Head = "encoder") -> LoadedModel:
+def load_minilm(
+    dtype: torch.dtype, *, head: Head = "encoder", classes: Sequence[str] = ()
+) -> LoadedModel:
     """MiniLM (6 layers, 12 heads, width 384, 512 positions): a bare BERT encoder, or with a fresh
-    classifier of two classes on top."""
+    classifier on top."""
     from sparseloom.models.load import from_huggingface
 
-    return from_huggingface(str(minilm_folder()), head=head, dtype=dtype, name="minilm")
+    source = str(minilm_folder())
+    return from_huggingface(source, head=head, dtype=dtype, name="minilm", classes=classes)
 
 
 def mean_pool(

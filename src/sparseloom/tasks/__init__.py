@@ -27,7 +27,9 @@ _TASKS = {
     "lra-retrieval": ("lra_retrieval", "LraRetrieval"),
     "lra-image": ("lra_image", "LraImage"),
     "lra-listops": ("lra_listops", "LraListOps"),
-    "imdb-sentiment": ("sentiment", "SentimentClassification"),
+    "imdb-sentiment": ("classification", "SentimentClassification"),
+    "text": ("language_modelling", "OwnText"),
+    "classification": ("classification", "OwnClassification"),
 }
 
 

@@ -60,6 +60,11 @@ class Task(ABC):
     head: ClassVar[Head] = "auto"
     """What `load_model` has to put on top of a model for this task."""
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, where the task has any, once it is loaded."""
+        return ()
+
     @abstractmethod
     def load(self, data: Path | None = None) -> Task:
         """Read the data and return the task.

@@ -280,6 +280,43 @@ class PennTreebank(WordLevelPerplexity):
     }
 
 
+class OwnText(LanguageModelling):
+    """A text of one's own: `train.txt` and `valid.txt` (or `test.txt`) in the folder `--data`.
+
+    The score is the bits per byte of the validation text, `per_item` that of each window.
+    """
+
+    name: ClassVar[str] = "text"
+    metric: ClassVar[str] = "bits_per_byte"
+    _held_out = ("valid.txt", "test.txt")
+
+    def __init__(self, context: int | None = None) -> None:
+        super().__init__(context)
+        self._folder: Path | None = None
+
+    def load(self, data: Path | None = None) -> OwnText:
+        """Find the held-out text; files are read when they are needed."""
+        self._folder = find_data("text", data, files=self._held_out)
+        return self
+
+    def text(self, split: str) -> bytes:
+        """The bytes of "train" or "held_out"."""
+        if self._folder is None:
+            self.load()
+        assert self._folder is not None
+        return read_bytes(self._folder, *(("train.txt",) if split == "train" else self._held_out))
+
+    def score(
+        self,
+        model: LoadedModel | PreTrainedModel,
+        *,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> Score:
+        """Bits per byte of the held-out text."""
+        return self.score_windows(model, limit=limit, progress=progress)[0]
+
+
 def negative_log_likelihood(
     model: PreTrainedModel, windows: Int[Tensor, "windows tokens"]
 ) -> Float[Tensor, " windows"]:
