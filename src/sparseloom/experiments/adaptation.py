@@ -12,23 +12,21 @@ checkpoint and its scores in `out`.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from sparseloom.experiments.bootstrap import paired_bootstrap
-from sparseloom.experiments.compare import settings_of
-from sparseloom.integrations import sparsify
-from sparseloom.methods import Dense, DynamicSparse, Method, Oracle, SlidingWindow
+from sparseloom.experiments.contenders import Against, Log, rows_against, scored, slug, tuned
+from sparseloom.methods import Dense, DynamicSparse, Method, Oracle, RandomMask, SlidingWindow
 from sparseloom.models import LoadedModel, load_model
 from sparseloom.results import write_results
-from sparseloom.tasks import get_task
-from sparseloom.training import adapt, finetune, load, save
+from sparseloom.tasks import Task, get_task
+from sparseloom.training import adapt, finetune
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,84 +46,95 @@ class Study:
     seed: int = 7
 
 
+def contenders(study: Study, dynamic: DynamicSparse) -> dict[str, tuple[Method, Method | None]]:
+    """Name → method, and the method whose tuned model it is scored on where that is not its own."""
+    half = (1.0 - study.sparsity) / 2
+    sparser = dataclasses.replace(dynamic, sparsity=1.0 - half)
+    vectors = dataclasses.replace(dynamic, block_size=(8, 1))
+    return {
+        "dense": (Dense(), None),
+        "dynamic": (dynamic, None),
+        "dynamic, half the keys": (sparser, None),
+        "dynamic 8×1": (vectors, dynamic),
+        "dynamic 8×1, tuned so": (vectors, None),
+        "dynamic, half the keys, tuned with all": (sparser, dynamic),
+        "oracle on the dynamic model": (Oracle(sparsity=study.sparsity), dynamic),
+        "oracle 8×1 on the dynamic model": (
+            Oracle(sparsity=study.sparsity, block_size=(8, 1)),
+            dynamic,
+        ),
+        "dense on the dynamic model": (Dense(), dynamic),
+        "window": (SlidingWindow(sparsity=study.sparsity), None),
+        "window growing": (SlidingWindow(sparsity=study.sparsity, growing=True), None),
+        "random": (RandomMask(sparsity=study.sparsity), None),
+    }
+
+
 def run_study(study: Study, out: Path) -> list[dict[str, Any]]:
     """Run what is missing in `out` and return the rows of the whole study."""
     out.mkdir(parents=True, exist_ok=True)
+    task = get_task("stdlib").load()
     dynamic = _warm_up(study, out / "predictor")
-    contenders: dict[str, Method] = {
-        "dense": Dense(),
-        "dynamic": dynamic,
-        "window": SlidingWindow(sparsity=study.sparsity),
-        "window growing": SlidingWindow(sparsity=study.sparsity, growing=True),
-    }
+    wanted = contenders(study, dynamic)
     scores: dict[str, dict[str, Any]] = {}
-    for name, method in contenders.items():
-        loaded, tuned = _tune(study, name, method, out)
-        for label, run in _scored_as(study, name, tuned).items():
-            scores[label] = _score(study, label, loaded, run, out)
+    for label, (method, source) in wanted.items():
+        name = next(key for key, (one, _) in wanted.items() if one is (source or method))
+        loaded, trained = _tune(study, name, wanted[name][0], out)
+        if isinstance(method, DynamicSparse) and isinstance(trained, DynamicSparse):
+            method = dataclasses.replace(method, predictor=trained.predictor)
+        scores[label] = _score(study, label, task, loaded, method, out)
     base = load_model("stdlib")
-    scores["dense, untuned"] = _score(study, "dense, untuned", base, Dense(), out)
-    scores["dynamic, model untuned"] = _score(study, "dynamic, model untuned", base, dynamic, out)
-    return _rows(study, scores)
-
-
-def _scored_as(study: Study, name: str, tuned: Method) -> Mapping[str, Method]:
-    """The methods that one tuned model is scored under."""
-    if not isinstance(tuned, DynamicSparse):
-        return {name: tuned}
-    return {
-        "dynamic": tuned,
-        "dynamic 8×1": dataclasses.replace(tuned, block_size=(8, 1)),
-        "oracle on the dynamic model": Oracle(sparsity=study.sparsity),
-        "oracle 8×1 on the dynamic model": Oracle(sparsity=study.sparsity, block_size=(8, 1)),
-        "dense on the dynamic model": Dense(),
-    }
+    scores["dense, untuned"] = _score(study, "dense, untuned", task, base, Dense(), out)
+    label = "dynamic, model untuned"
+    scores[label] = _score(study, label, task, base, dynamic, out)
+    rows = rows_against(Against("stdlib", task, "dense", study.seed), scores)
+    _beside_the_best_window(rows, scores)
+    return rows
 
 
 def _warm_up(study: Study, folder: Path) -> DynamicSparse:
     """The predictor, trained against the frozen built-in model; what the package ships."""
-    if (folder / "config.json").exists():
-        method = load(folder)[1]
-        assert isinstance(method, DynamicSparse)
-        return method
-    loaded = load_model("stdlib")
-    batches = _batches(loaded, study.warmup_steps, study.warmup_batch, study.seed)
-    method = adapt(
-        loaded.model,
-        DynamicSparse(sparsity=study.sparsity, projection=study.projection, bits=study.bits),
-        batches,
-        warmup_steps=study.warmup_steps,
-        predictor_lr=study.predictor_lr,
-        mixed_precision="bf16",
-        seed=study.seed,
-        out=folder.with_name("predictor-run"),
-    )
-    save(loaded.model, method, folder)
+    wanted = DynamicSparse(sparsity=study.sparsity, projection=study.projection, bits=study.bits)
+
+    def train(loaded: LoadedModel) -> tuple[Method, Log]:
+        batches = _batches(loaded, study.warmup_steps, study.warmup_batch, study.seed)
+        method = adapt(
+            loaded.model,
+            wanted,
+            batches,
+            warmup_steps=study.warmup_steps,
+            predictor_lr=study.predictor_lr,
+            mixed_precision="bf16",
+            seed=study.seed,
+            out=folder.with_name("predictor-run"),
+        )
+        return method, []
+
+    method = tuned(folder, lambda: load_model("stdlib"), wanted, train)[1]
+    assert isinstance(method, DynamicSparse)
     return method
 
 
 def _tune(study: Study, name: str, method: Method, out: Path) -> tuple[LoadedModel, Method]:
-    """A fresh copy of the built-in model fine-tuned under `method`, or the finished one."""
-    folder = out / name.replace(" ", "-")
-    if (folder / "config.json").exists():
-        model, tuned = load(folder)
-        return LoadedModel(name, model.float(), None), tuned
-    loaded = load_model("stdlib")
-    batches = _batches(loaded, study.joint_steps, study.joint_batch, study.seed + 1)
-    log = finetune(
-        loaded.model,
-        method,
-        batches,
-        steps=study.joint_steps,
-        lr=study.lr,
-        predictor_lr=study.predictor_lr / 10,
-        mixed_precision="bf16",
-        seed=study.seed,
-        out=folder.with_name(folder.name + "-run"),
-    )
-    (out / f"{folder.name}-curve.json").write_text(json.dumps(log))
-    save(loaded.model, method, folder)
-    return loaded, method
+    """A copy of the built-in model fine-tuned under `method`."""
+    folder = out / slug(name)
+    method = copy.deepcopy(method)  # a predictor is trained in place
+
+    def train(loaded: LoadedModel) -> tuple[Method, Log]:
+        log = finetune(
+            loaded.model,
+            method,
+            _batches(loaded, study.joint_steps, study.joint_batch, study.seed + 1),
+            steps=study.joint_steps,
+            lr=study.lr,
+            predictor_lr=study.predictor_lr / 10,
+            mixed_precision="bf16",
+            seed=study.seed,
+            out=folder.with_name(folder.name + "-run"),
+        )
+        return method, log
+
+    return tuned(folder, lambda: load_model("stdlib"), method, train)
 
 
 def _batches(loaded: LoadedModel, steps: int, size: int, seed: int) -> list[Any]:
@@ -134,74 +143,22 @@ def _batches(loaded: LoadedModel, steps: int, size: int, seed: int) -> list[Any]
 
 
 def _score(
-    study: Study, label: str, loaded: LoadedModel, method: Method, out: Path
+    study: Study, label: str, task: Task, loaded: LoadedModel, method: Method, out: Path
 ) -> dict[str, Any]:
-    """Bits per byte of each window, density and prediction accuracy; kept in `out`."""
-    file = out / f"score-{label.replace(' ', '-').replace(',', '').replace('×', 'x')}.json"
-    if file.exists():
-        return json.loads(file.read_text())
-    task = get_task("stdlib").load()
-    with sparsify(loaded.model, method, when="always") as sparse:
-        score = task.score(loaded, limit=study.windows)
-        layers = sparse.stats()
-    accuracy: dict[str, list[float]] = {}
-    if not isinstance(method, Dense):
-        with torch.no_grad(), sparsify(loaded.model, method, diagnose=True) as sparse:
-            for inputs in task.inputs(loaded, limit=4):
-                loaded.model(**inputs)
-        rows = sparse.stats()
-        accuracy = {
-            "prediction_accuracy": [row["prediction_overlap"] for row in rows],
-            "retained_mass": [row["retained_mass"] for row in rows],
-            "oracle_mass": [row["oracle_mass"] for row in rows],
-        }
-    allowed = sum(layer["allowed_pairs"] for layer in layers)
-    kept = sum(layer["kept_pairs"] for layer in layers)
-    entry = {
-        "method": method.name,
-        "settings": settings_of(method),
-        "value": score.value,
-        "per_item": [float(x) for x in score.per_item],
-        "density": kept / allowed,
-        "accuracy": accuracy,
-        "notes": list(score.notes),
-    }
-    file.write_text(json.dumps(entry))
-    return entry
+    file = out / f"score-{slug(label)}.json"
+    return scored(file, task, loaded, method, limit=study.windows, probe=4)
 
 
-def _rows(study: Study, scores: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    dense = np.array(scores["dense"]["per_item"])
-    dynamic = np.array(scores["dynamic"]["per_item"])
+def _beside_the_best_window(
+    rows: list[dict[str, Any]], scores: Mapping[str, dict[str, Any]]
+) -> None:
+    """Adds to the better window's row by how much dynamic beats it."""
     best = min(("window", "window growing"), key=lambda name: scores[name]["value"])
-    rows = []
-    for label, entry in scores.items():
-        ours = np.array(entry["per_item"])
-        against = paired_bootstrap(ours, dense)
-        row = {
-            "model": "stdlib",
-            "task": "stdlib",
-            "contender": label,
-            "method": entry["method"],
-            "settings": entry["settings"],
-            "sparsity": None if entry["method"] == "dense" else study.sparsity,
-            "density": entry["density"],
-            "metric": "bits_per_byte",
-            "value": entry["value"],
-            "dense_value": scores["dense"]["value"],
-            "difference": against.mean,
-            "difference_upper95": against.upper95,
-            "items": against.items,
-            **entry["accuracy"],
-            "seed": study.seed,
-            "note": "; ".join(entry["notes"]),
-        }
-        if label == best:
-            gain = paired_bootstrap(dynamic, ours)
-            row["dynamic_minus_this"] = gain.mean
-            row["dynamic_minus_this_upper95"] = gain.upper95
-        rows.append(row)
-    return rows
+    ours, theirs = (np.array(scores[name]["per_item"]) for name in ("dynamic", best))
+    gain = paired_bootstrap(ours, theirs)
+    row = next(row for row in rows if row["contender"] == best)
+    row["dynamic_minus_this"] = gain.mean
+    row["dynamic_minus_this_upper95"] = gain.upper95
 
 
 def main() -> None:

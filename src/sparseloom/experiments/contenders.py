@@ -165,3 +165,9 @@ def rows_against(study: Against, scores: Mapping[str, dict[str, Any]]) -> list[d
             }
         )
     return rows
+
+
+def slug(label: str) -> str:
+    """A label as the name of a file."""
+    kept = "".join(c if c.isalnum() or c == "." else "-" for c in label.replace("×", "x"))
+    return "-".join(part for part in kept.split("-") if part)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sparseloom.experiments.contenders import Against, Log, rows_against, scored, tuned
+from sparseloom.experiments.contenders import Against, Log, rows_against, scored, slug, tuned
 from sparseloom.integrations.describe import attention_modules
 from sparseloom.methods import Dense, DynamicSparse, Learned, Method, RandomMask, SlidingWindow
 from sparseloom.models import LoadedModel, load_model
@@ -100,7 +100,7 @@ def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[st
         if label == "dense":
             limits[f"dense, {study.fewer_items} reviews"] = study.fewer_items
         for name, limit in limits.items():
-            file = out / f"score-{_slug(name)}.json"
+            file = out / f"score-{slug(name)}.json"
             entry = scored(
                 file,
                 task,
@@ -153,7 +153,7 @@ def _tune(
 
     def train(loaded: LoadedModel) -> tuple[Method, Log]:
         steps = study.warmup_steps if isinstance(method, Learned) else 0
-        run, fitted = out / f"{_slug(label)}-run", method
+        run, fitted = out / f"{slug(label)}-run", method
         if isinstance(method, Learned):
             fitted = adapt(
                 loaded.model,
@@ -182,7 +182,7 @@ def _tune(
             out=run,
         )
 
-    return tuned(out / _slug(label), lambda: _classifier(base, study.seed), method, train)
+    return tuned(out / slug(label), lambda: _classifier(base, study.seed), method, train)
 
 
 def _classifier(source: str | Path, seed: int) -> LoadedModel:
@@ -201,11 +201,6 @@ def _with_weights(method: Method, trained: Method) -> Method:
     if isinstance(method, DynamicSparse) and isinstance(trained, DynamicSparse):
         return dataclasses.replace(method, predictor=trained.predictor)
     return method
-
-
-def _slug(label: str) -> str:
-    kept = "".join(c if c.isalnum() or c == "." else "-" for c in label)
-    return "-".join(part for part in kept.split("-") if part)
 
 
 def main() -> None:
