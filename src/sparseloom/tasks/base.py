@@ -136,3 +136,14 @@ def spread(items: int, limit: int | None) -> list[int]:
     if limit is None or limit >= items:
         return list(range(items))
     return [(2 * i + 1) * items // (2 * limit) for i in range(limit)]
+
+
+def choose(items: int, limit: int | None) -> list[int]:
+    """The first `limit` of `items` indices in a fixed random order: a smaller choice is part of
+    every larger one, and files that alternate their classes give all of them.
+
+    Raises ValueError for a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    return np.random.default_rng(0).permutation(items)[:limit].tolist()

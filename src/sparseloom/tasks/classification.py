@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from sparseloom.models.base import LoadedModel
 from sparseloom.models.load import Head
-from sparseloom.tasks.base import Batch, Progress, Score, Task, evaluating, spread
+from sparseloom.tasks.base import Batch, Progress, Score, Task, choose, evaluating
 from sparseloom.tasks.data import find_data, find_file, read_text
 from sparseloom.tasks.embedding import length_batches, tokenized
 from sparseloom.tasks.imdb import MovieReviews
@@ -122,8 +122,7 @@ class TextClassification(Task):
 
     def _chosen(self, limit: int | None) -> list[Example]:
         examples = self.examples("test")
-        spread(len(examples), limit)  # refuses what is out of range
-        return [examples[i] for i in np.random.default_rng(0).permutation(len(examples))[:limit]]
+        return [examples[i] for i in choose(len(examples), limit)]
 
     def _batch(self, loaded: LoadedModel, examples: Sequence[Example], length: int) -> Batch:
         batch = tokenized(loaded, [example.text for example in examples], max_length=length)

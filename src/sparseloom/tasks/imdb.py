@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparseloom.models.base import LoadedModel
-from sparseloom.tasks.base import Batch, Progress, Score, Task, spread
+from sparseloom.tasks.base import Batch, Progress, Score, Task, choose
 from sparseloom.tasks.data import find_data, read_bytes
 from sparseloom.tasks.embedding import embed, length_batches, tokenized
 
@@ -116,8 +116,7 @@ class MovieReviews(Task):
     def chosen(self, limit: int | None) -> list[Review]:
         """The first `limit` test reviews of a fixed random order: files alternate the classes."""
         reviews = self.reviews("test")
-        spread(len(reviews), limit)  # refuses what is out of range
-        return [reviews[i] for i in np.random.default_rng(0).permutation(len(reviews))[:limit]]
+        return [reviews[i] for i in choose(len(reviews), limit)]
 
     def inputs(
         self, model: LoadedModel | PreTrainedModel, *, limit: int | None = None

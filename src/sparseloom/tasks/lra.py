@@ -19,7 +19,7 @@ from jaxtyping import Int64
 from transformers import PreTrainedModel
 
 from sparseloom.models.base import LoadedModel
-from sparseloom.tasks.base import Batch, Progress, Score, Task, evaluating, spread
+from sparseloom.tasks.base import Batch, Progress, Score, Task, choose, evaluating
 
 Split = Literal["train", "validation", "test"]
 
@@ -157,7 +157,7 @@ class LraTask(Task):
     def _scored(self, limit: int | None) -> list[list[int]]:
         """Indices of the scored examples, in batches of like length."""
         examples = self.examples(self.split)
-        chosen = spread(len(examples.labels), limit)
+        chosen = choose(len(examples.labels), limit)
         longest = self.length or 1 << 30
         order = sorted(chosen, key=lambda i: min(longest, size_of(examples.items[i])))
         size = self.eval_batch
