@@ -1,0 +1,376 @@
+"""The Long Range Arena studies: one vanilla model from scratch, then every contender from it.
+
+    python -m sparseloom.experiments.lra --task text --size small --out out/lra
+
+All contenders take the same further steps on the same batches: the dense control, dynamic sparse
+attention at three sparsities, over projection sizes and precisions (table 2 of Liu et al., IEEE TC
+2022), a static local window, random keys, and a dense model that sees only as many tokens as one
+query keeps at 99 %.  All are scored on the same test examples and compared with the dense control
+by a paired bootstrap.  Stages keep what they made in `--out`: a finished one never runs twice, a
+stopped one goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from sparseloom.experiments.bootstrap import paired_bootstrap
+from sparseloom.experiments.compare import settings_of
+from sparseloom.experiments.lra_sizes import LraStudy, Size, study_of
+from sparseloom.integrations import method_shape, sparsify
+from sparseloom.methods import Dense, DynamicSparse, Learned, Method, RandomMask, SlidingWindow
+from sparseloom.models.lra import LraForSequenceClassification
+from sparseloom.models.lra_presets import lra_config
+from sparseloom.results import write_results
+from sparseloom.tasks import get_task
+from sparseloom.tasks.lra import LraTask
+from sparseloom.training import adapt, finetune, load, save
+
+PROJECTIONS = (0.1, 0.16, 0.2, 0.25, 0.33)
+BITS = (2, 4, 8, 32)
+CONTROL = "dense"
+"""The contender that all others are compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One way to run attention, and where its model comes from.
+
+    Attributes:
+        name: unique in a study.
+        method: weights of a `Learned` method are made where they are missing.
+        start: "checkpoint", the vanilla model and the study's further steps; "scratch", the whole
+            recipe with the method in place.
+        context: tokens that it sees of each input, in training and in the score; None for all.
+    """
+
+    name: str
+    method: Method
+    start: Literal["checkpoint", "scratch"] = "checkpoint"
+    context: int | None = None
+
+
+def contenders_of(study: LraStudy) -> list[Contender]:
+    """The contenders of the published tables; main points first."""
+
+    def dynamic(sparsity: float, projection: float = 0.25, bits: int = 4) -> DynamicSparse:
+        return DynamicSparse(
+            sparsity=sparsity, projection=projection, bits=bits, minimum_keys=1, rotary=False
+        )
+
+    kept = max(1, math.ceil(round(0.01 * study.length, 6)))
+    return [
+        Contender(CONTROL, Dense()),
+        Contender("dynamic 90 %", dynamic(0.9)),
+        Contender("dynamic 95 %", dynamic(0.95)),
+        Contender("dynamic 99 %", dynamic(0.99)),
+        Contender("local 99 %", SlidingWindow(sparsity=0.99)),
+        Contender("random 90 %", RandomMask(sparsity=0.9, minimum_keys=1)),
+        Contender(f"dense, first {kept} tokens", Dense(), context=kept),
+        *(
+            Contender(f"dynamic 90 %, {bits} bits", dynamic(0.9, bits=bits))
+            for bits in BITS
+            if bits != 4
+        ),
+        *(
+            Contender(f"dynamic 90 %, sigma {size}", dynamic(0.9, projection=size))
+            for size in PROJECTIONS
+            if size != 0.25
+        ),
+    ]
+
+
+class Runner:
+    """One study in one folder.  `say` is told what starts and what came out."""
+
+    def __init__(
+        self,
+        study: LraStudy,
+        out: Path,
+        *,
+        data: Path | None = None,
+        say: Callable[[str], None] = lambda _: None,
+        progress: bool = False,
+    ) -> None:
+        self.study = study
+        self.out = out / f"{study.task}-{study.size}"
+        self.say = say
+        self.progress = progress
+        task = get_task(f"lra-{study.task}")
+        assert isinstance(task, LraTask)
+        self.task = task
+        task.load(data)
+        task.length = study.length
+        self._check_settings()
+
+    def run(self, contenders: Sequence[Contender] | None = None) -> list[dict[str, Any]]:
+        """Run what is missing and return the rows of the study, the dense control's first."""
+        return [*self.steps(contenders)][-1]
+
+    def steps(
+        self, contenders: Sequence[Contender] | None = None
+    ) -> Iterator[list[dict[str, Any]]]:
+        """After each contender the rows so far."""
+        self._vanilla()
+        scores: dict[str, tuple[Contender, dict[str, Any]]] = {}
+        for contender in contenders or contenders_of(self.study):
+            scores[contender.name] = (contender, self.contender(contender))
+            yield [self._row(one, entry, scores) for one, entry in scores.values()]
+
+    def contender(self, contender: Contender) -> dict[str, Any]:
+        """Train and score one contender, or read what it gave."""
+        folder = self.out / _slug(contender.name)
+        file = folder.with_name(folder.name + "-score.json")
+        if file.exists():
+            return json.loads(file.read_text(encoding="utf-8"))
+        model, method = self._trained(contender, folder)
+        entry = self._score(contender, model, method)
+        log = folder.with_name(folder.name + "-curve.json")
+        entry.update(json.loads(log.read_text(encoding="utf-8")))
+        _write(file, entry)
+        self.say(f"{contender.name}: accuracy {entry['value']:.4f}")
+        return entry
+
+    # ------------------------------------------------------------------ private
+
+    def _check_settings(self) -> None:
+        """One folder belongs to one study: settings stored there must be these."""
+        file, ours = self.out / "study.json", json.loads(json.dumps(dataclasses.asdict(self.study)))
+        if not file.exists():
+            _write(file, ours)
+        elif json.loads(file.read_text(encoding="utf-8")) != ours:
+            raise ValueError(f"out: {self.out} belongs to a study of other settings (study.json)")
+
+    def _batches(self, model: PreTrainedModel, steps: int, seed: int, context: int | None) -> Any:
+        return self.task.batches(
+            model, steps=steps, batch_size=self.study.recipe.batch_size, context=context, seed=seed
+        )
+
+    def _fresh(self) -> PreTrainedModel:
+        study = self.study
+        torch.manual_seed(study.seed)
+        config = lra_config(study.task, length=study.length, **study.model)
+        return LraForSequenceClassification(config)
+
+    def _vanilla(self) -> Path:
+        """The vanilla model, trained from scratch with the recipe."""
+        folder = self.out / "vanilla"
+        if not (folder / "config.json").exists():
+            self._from_scratch(Contender("vanilla", Dense(), "scratch"), folder)
+        return folder
+
+    def _from_scratch(self, contender: Contender, folder: Path) -> tuple[PreTrainedModel, Method]:
+        study, method, model = self.study, contender.method, self._fresh()
+        if isinstance(method, Learned) and method.module is None:
+            method = method.initialise(method_shape(model), seed=study.seed)
+        steps = study.recipe.steps
+        self.say(f"{contender.name}: {steps} steps from scratch")
+        started = time.monotonic()
+        log = finetune(
+            model,
+            method,
+            self._batches(model, steps, study.seed, contender.context),
+            steps=steps,
+            lr=study.recipe.peak_lr,
+            predictor_lr=study.recipe.peak_lr,
+            query_rows=study.query_rows,
+            mixed_precision=study.mixed_precision,
+            settings=study.settings(),
+            seed=study.seed,
+            out=folder.with_name(folder.name + "-run"),
+            progress=self.progress,
+        )
+        self._keep(folder, model, method, log, time.monotonic() - started)
+        return model, method
+
+    def _trained(self, contender: Contender, folder: Path) -> tuple[PreTrainedModel, Method]:
+        """A contender's model, trained or read."""
+        if (folder / "config.json").exists():
+            return load(folder)
+        if contender.start == "scratch":
+            return self._from_scratch(contender, folder)
+        study, method = self.study, contender.method
+        if isinstance(method, DynamicSparse):
+            method = dataclasses.replace(method, predictor=self._predictor(method).predictor)
+        elif isinstance(method, Learned) and method.module is None:
+            method = method.initialise(method_shape(load(self._vanilla())[0]), seed=study.seed)
+        model, _ = load(self._vanilla())
+        self.say(f"{contender.name}: {study.joint_steps} further steps")
+        started = time.monotonic()
+        log = finetune(
+            model,
+            method,
+            self._batches(model, study.joint_steps, study.seed + 1, contender.context),
+            steps=study.joint_steps,
+            lr=study.lr,
+            predictor_lr=study.predictor_lr / 3,
+            query_rows=study.query_rows,
+            mixed_precision=study.mixed_precision,
+            seed=study.seed,
+            out=folder.with_name(folder.name + "-run"),
+            progress=self.progress,
+        )
+        self._keep(folder, model, method, log, time.monotonic() - started)
+        return model, method
+
+    def _predictor(self, method: DynamicSparse) -> DynamicSparse:
+        """The predictor of this size and precision, fitted to the frozen vanilla model."""
+        study = self.study
+        folder = self.out / f"predictor-{method.projection}-{method.bits}"
+        if (folder / "config.json").exists():
+            return cast("DynamicSparse", load(folder)[1])
+        model, _ = load(self._vanilla())
+        self.say(f"predictor {method}: {study.warmup_steps} steps")
+        fitted = adapt(
+            model,
+            dataclasses.replace(method, sparsity=0.9),
+            self._batches(model, study.warmup_steps, study.seed + 2, None),
+            warmup_steps=study.warmup_steps,
+            predictor_lr=study.predictor_lr,
+            query_rows=study.query_rows,
+            mixed_precision=study.mixed_precision,
+            seed=study.seed,
+            out=folder.with_name(folder.name + "-run"),
+            progress=self.progress,
+        )
+        save(model, fitted, folder)
+        return fitted
+
+    def _keep(
+        self, folder: Path, model: PreTrainedModel, method: Method, log: Any, seconds: float
+    ) -> None:
+        curve = {"curve": _thin(log), "train_seconds": round(seconds, 1)}
+        _write(folder.with_name(folder.name + "-curve.json"), curve)
+        save(model, method, folder)
+
+    def _score(
+        self, contender: Contender, model: PreTrainedModel, method: Method
+    ) -> dict[str, Any]:
+        """Accuracy item by item, density, and how good the choice of keys was in each layer."""
+        study, task = self.study, self.task
+        task.length = contender.context or study.length
+        try:
+            with sparsify(model.eval(), method, when="always") as sparse:
+                score = task.score(model, limit=study.items)
+                layers = sparse.stats()
+            quality: dict[str, list[float]] = {}
+            if "select" in method.capabilities:
+                with torch.no_grad(), sparsify(model, method, diagnose=True) as sparse:
+                    for inputs in task.inputs(model, limit=study.diagnosed):
+                        model(**inputs)
+                names = ("prediction_overlap", "retained_mass", "oracle_mass")
+                rows = [cast("dict[str, Any]", row) for row in sparse.stats()]
+                quality = {name: [row[name] for row in rows] for name in names if name in rows[0]}
+        finally:
+            task.length = study.length
+        allowed = sum(layer["allowed_pairs"] for layer in layers)
+        return {
+            "value": score.value,
+            "per_item": score.per_item.astype(int).tolist(),
+            "density": sum(layer["kept_pairs"] for layer in layers) / allowed,
+            "quality": quality,
+            "notes": list(score.notes),
+        }
+
+    def _row(
+        self,
+        contender: Contender,
+        entry: dict[str, Any],
+        scores: dict[str, tuple[Contender, dict[str, Any]]],
+    ) -> dict[str, Any]:
+        study, method = self.study, contender.method
+        right = np.array(entry["per_item"], dtype=float)
+        own = paired_bootstrap(right, np.zeros_like(right))
+        quality = dict(entry["quality"])
+        row = {
+            "model": f"lra-{study.task} {study.size}",
+            "task": f"lra-{study.task}",
+            "contender": contender.name,
+            "start": contender.start,
+            "method": method.name,
+            "settings": settings_of(method),
+            "sparsity": getattr(method, "sparsity", None),
+            "density": entry["density"],
+            "metric": "accuracy",
+            "value": entry["value"],
+            "value_interval95": list(own.interval95),
+            "items": own.items,
+            "prediction_accuracy": quality.pop("prediction_overlap", None),
+            **quality,
+            "seed": study.seed,
+            "length": contender.context or study.length,
+            "study": dataclasses.asdict(study),
+            "curve": entry["curve"],
+            "train_seconds": entry["train_seconds"],
+            "right": np.packbits(right.astype(np.uint8)).tobytes().hex(),
+            "note": "; ".join(entry["notes"]),
+        }
+        if CONTROL in scores:
+            control = scores[CONTROL][1]
+            loss = paired_bootstrap(np.array(control["per_item"], dtype=float), right)
+            row["dense_value"] = control["value"]
+            row["loss"] = loss.mean
+            row["loss_upper95"] = loss.upper95
+            row["loss_interval95"] = list(loss.interval95)
+        return row
+
+
+def _thin(log: list[dict[str, float]], points: int = 60) -> list[list[float]]:
+    """[last step, mean model loss] of at most `points` equal stretches of a log."""
+    width = max(1, math.ceil(len(log) / points))
+    parts = [log[first : first + width] for first in range(0, len(log), width)]
+    return [[part[-1]["step"], sum(one["loss"] for one in part) / len(part)] for part in parts]
+
+
+def _slug(name: str) -> str:
+    words = "".join(letter if letter.isalnum() or letter == "." else " " for letter in name)
+    return "-".join(words.split())
+
+
+def _write(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.part")
+    part.write_text(json.dumps(content), encoding="utf-8")
+    part.replace(file)
+
+
+def main() -> None:
+    """Command line of the studies; results are written after every contender."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--task", required=True, choices=("text", "retrieval", "image", "listops"))
+    parser.add_argument("--size", default="small", choices=("small", "paper"))
+    parser.add_argument("--out", type=Path, default=Path("out/lra"))
+    parser.add_argument("--data", type=Path, default=None)
+    parser.add_argument("--results", type=Path, default=None, help="results/lra_TASK.json")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    size = cast("Size", given.size)
+    results = given.results or Path(f"results/lra_{given.task}.json")
+    begun = time.monotonic()
+
+    def say(text: str) -> None:
+        sys.stderr.write(f"[{time.monotonic() - begun:6.0f} s] {text}\n")
+        sys.stderr.flush()
+
+    study = study_of(given.task, size, seed=given.seed)
+    runner = Runner(study, given.out, data=given.data, say=say, progress=sys.stderr.isatty())
+    command = f"python -m sparseloom.experiments.lra --task {given.task} --size {size}"
+    for rows in runner.steps():
+        write_results(results, rows, command=command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""How large the Long Range Arena studies are: the published size, and one for two CPU cores."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sparseloom.errors import unknown_name
+from sparseloom.models.lra_presets import LENGTHS, RECIPES, LraRecipe
+from sparseloom.training.loop import LoopSettings
+
+Size = Literal["small", "paper"]
+
+
+@dataclass(frozen=True, slots=True)
+class LraStudy:
+    """What one study holds equal over its contenders.
+
+    Attributes:
+        task: "text", "retrieval", "image" or "listops".
+        size: "small" or "paper".
+        length: input tokens.
+        recipe: how the vanilla model, and any contender from scratch, is trained.
+        model: settings in which the model differs from the published one.
+        grad_clip: of the training from scratch; the published recipe has none.
+        warmup_steps: predictor-only steps against the frozen model.
+        joint_steps: further steps of every contender, the dense control included.
+        lr, predictor_lr: peak rates of the further steps; AdamW with the defaults of `adapt`.
+        query_rows: rows of the predictor loss per sequence.
+        items: test examples that are scored; None for all.
+        diagnosed: test examples on which prediction is compared with exact top-k.
+        mixed_precision: accelerate's name.
+        seed: of weights and batches.
+    """
+
+    task: str
+    size: Size
+    length: int
+    recipe: LraRecipe
+    model: dict[str, Any] = field(default_factory=dict[str, Any])
+    grad_clip: float | None = None
+    warmup_steps: int = 500
+    joint_steps: int = 1000
+    lr: float = 5e-5
+    predictor_lr: float = 1e-3
+    query_rows: int = 256
+    items: int | None = None
+    diagnosed: int = 64
+    mixed_precision: Literal["no", "bf16"] = "no"
+    seed: int = 0
+
+    def settings(self) -> LoopSettings:
+        """The training loop of the recipe."""
+        recipe = self.recipe
+        return LoopSettings(
+            recipe.steps,
+            warmup=recipe.warmup_steps / recipe.steps,
+            grad_clip=self.grad_clip,
+            law=recipe.law,
+            betas=recipe.betas,
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+        )
+
+
+def _paper(task: str, joint_steps: int) -> LraStudy:
+    recipe = RECIPES[task]
+    return LraStudy(
+        task, "paper", LENGTHS[task], recipe, joint_steps=joint_steps, lr=0.1 * recipe.peak_lr,
+        mixed_precision="bf16",
+    )  # fmt: skip
+
+
+def _small(task: str, length: int, recipe: dict[str, Any], **settings: Any) -> LraStudy:
+    return LraStudy(
+        task, "small", length, dataclasses.replace(RECIPES[task], **recipe), grad_clip=1.0,
+        **settings,
+    )  # fmt: skip
+
+
+# Attention dropout is 0 in the small models: on a CPU it takes dense attention off its fast path.
+_TINY = {
+    "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+
+_STUDIES: dict[tuple[str, str], LraStudy] = {
+    # Steps of the paper's adaptation are not published; these are defaults.
+    ("text", "paper"): _paper("text", 5000),
+    ("retrieval", "paper"): _paper("retrieval", 2000),
+    ("image", "paper"): _paper("image", 3500),
+    ("listops", "paper"): _paper("listops", 2000),
+    ("text", "small"): _small(
+        "text", 512, {"steps": 1500, "batch_size": 16, "peak_lr": 1e-3, "warmup_steps": 200},
+        model=_TINY, warmup_steps=60, joint_steps=60, lr=1e-4, predictor_lr=3e-3, query_rows=64,
+        items=1000, diagnosed=32,
+    ),
+    ("retrieval", "small"): _small(
+        "retrieval", 512, {"steps": 1000, "batch_size": 8, "peak_lr": 1e-3, "warmup_steps": 100},
+        model=_TINY, warmup_steps=60, joint_steps=60, lr=1e-4, predictor_lr=3e-3, query_rows=64,
+        diagnosed=16,
+    ),
+    ("image", "small"): _small(
+        "image", 1024, {"steps": 1000, "batch_size": 16, "peak_lr": 1e-3, "warmup_steps": 100},
+        model={"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.1},
+        warmup_steps=60, joint_steps=60, lr=1e-4, predictor_lr=3e-3, query_rows=64, items=1000,
+        diagnosed=16,
+    ),
+    ("listops", "small"): _small(
+        "listops", 512, {"steps": 1000, "batch_size": 16, "peak_lr": 1e-3, "warmup_steps": 100},
+        model=_TINY, warmup_steps=60, joint_steps=60, lr=1e-4, predictor_lr=3e-3, query_rows=64,
+        items=1000, diagnosed=32,
+    ),
+}  # fmt: skip
+
+
+def study_of(task: str, size: Size = "small", **changes: Any) -> LraStudy:
+    """The study of a task (with or without `lra-`) at a size, with some settings changed.
+
+    Raises:
+        ValueError: no such task or size.
+    """
+    name = task.removeprefix("lra-")
+    if name not in RECIPES:
+        raise unknown_name("task", task, RECIPES)
+    if (name, size) not in _STUDIES:
+        raise unknown_name("size", size, ("small", "paper"))
+    return dataclasses.replace(_STUDIES[name, size], **changes)
