@@ -36,6 +36,7 @@ from sparseloom.models.lra import LraForSequenceClassification
 from sparseloom.models.lra_presets import lra_config
 from sparseloom.results import write_results
 from sparseloom.tasks import get_task
+from sparseloom.tasks.base import Batch
 from sparseloom.tasks.lra import LraTask
 from sparseloom.training import adapt, finetune, load, save
 
@@ -154,10 +155,11 @@ class Runner:
         elif json.loads(file.read_text(encoding="utf-8")) != ours:
             raise ValueError(f"out: {self.out} belongs to a study of other settings (study.json)")
 
-    def _batches(self, model: PreTrainedModel, steps: int, seed: int, context: int | None) -> Any:
-        return self.task.batches(
-            model, steps=steps, batch_size=self.study.recipe.batch_size, context=context, seed=seed
-        )
+    def _batches(
+        self, model: PreTrainedModel, steps: int, seed: int, context: int | None, size: int | None
+    ) -> Iterator[Batch]:
+        size = size or self.study.recipe.batch_size
+        return self.task.batches(model, steps=steps, batch_size=size, context=context, seed=seed)
 
     def _fresh(self) -> PreTrainedModel:
         study = self.study
@@ -182,7 +184,7 @@ class Runner:
         log = finetune(
             model,
             method,
-            self._batches(model, steps, study.seed, contender.context),
+            self._batches(model, steps, study.seed, contender.context, None),
             steps=steps,
             lr=study.recipe.peak_lr,
             predictor_lr=study.recipe.peak_lr,
@@ -213,7 +215,9 @@ class Runner:
         log = finetune(
             model,
             method,
-            self._batches(model, study.joint_steps, study.seed + 1, contender.context),
+            self._batches(
+                model, study.joint_steps, study.seed + 1, contender.context, study.joint_batch
+            ),
             steps=study.joint_steps,
             lr=study.lr,
             predictor_lr=study.predictor_lr / 3,
@@ -237,7 +241,7 @@ class Runner:
         fitted = adapt(
             model,
             dataclasses.replace(method, sparsity=0.9),
-            self._batches(model, study.warmup_steps, study.seed + 2, None),
+            self._batches(model, study.warmup_steps, study.seed + 2, None, study.joint_batch),
             warmup_steps=study.warmup_steps,
             predictor_lr=study.predictor_lr,
             query_rows=study.query_rows,

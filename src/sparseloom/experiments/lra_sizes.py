@@ -26,6 +26,7 @@ class LraStudy:
         grad_clip: of the training from scratch; the published recipe has none.
         warmup_steps: predictor-only steps against the frozen model.
         joint_steps: further steps of every contender, the dense control included.
+        joint_batch: examples per further step; None for the recipe's.
         lr, predictor_lr: peak rates of the further steps; AdamW with the defaults of `adapt`.
         query_rows: rows of the predictor loss per sequence.
         items: test examples that are scored; None for all.
@@ -42,6 +43,7 @@ class LraStudy:
     grad_clip: float | None = None
     warmup_steps: int = 500
     joint_steps: int = 1000
+    joint_batch: int | None = None
     lr: float = 5e-5
     predictor_lr: float = 1e-3
     query_rows: int = 256
@@ -81,9 +83,18 @@ def _small(task: str, length: int, recipe: dict[str, Any], **settings: Any) -> L
 
 # Attention dropout is 0 in the small models: on a CPU it takes dense attention off its fast path.
 _TINY = {
-    "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
+_TINY_IMAGE = {
+    "hidden_size": 64, "qkv_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
+    "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+_SHORT = {
+    "warmup_steps": 40, "joint_steps": 40, "joint_batch": 16, "lr": 2e-4, "predictor_lr": 5e-3,
+    "query_rows": 64, "diagnosed": 32,
+}  # fmt: skip
+_FAST = {"batch_size": 32, "peak_lr": 2e-3}
 
 _STUDIES: dict[tuple[str, str], LraStudy] = {
     # Steps of the paper's adaptation are not published; these are defaults.
@@ -92,25 +103,18 @@ _STUDIES: dict[tuple[str, str], LraStudy] = {
     ("image", "paper"): _paper("image", 3500),
     ("listops", "paper"): _paper("listops", 2000),
     ("text", "small"): _small(
-        "text", 512, {"steps": 1500, "batch_size": 16, "peak_lr": 1e-3, "warmup_steps": 200},
-        model=_TINY, warmup_steps=60, joint_steps=60, lr=1e-4, predictor_lr=3e-3, query_rows=64,
-        items=1000, diagnosed=32,
+        "text", 512, {"steps": 700, "warmup_steps": 100, **_FAST}, model=_TINY, items=1000, **_SHORT
     ),
     ("retrieval", "small"): _small(
-        "retrieval", 512, {"steps": 1000, "batch_size": 8, "peak_lr": 1e-3, "warmup_steps": 100},
-        model=_TINY, warmup_steps=60, joint_steps=60, lr=1e-4, predictor_lr=3e-3, query_rows=64,
-        diagnosed=16,
+        "retrieval", 512, {"steps": 400, "warmup_steps": 60, **_FAST}, model=_TINY, **_SHORT
     ),
     ("image", "small"): _small(
-        "image", 1024, {"steps": 1000, "batch_size": 16, "peak_lr": 1e-3, "warmup_steps": 100},
-        model={"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.1},
-        warmup_steps=60, joint_steps=60, lr=1e-4, predictor_lr=3e-3, query_rows=64, items=1000,
-        diagnosed=16,
+        "image", 1024, {"steps": 300, "warmup_steps": 20, **_FAST}, model=_TINY_IMAGE, items=1000,
+        **{**_SHORT, "joint_batch": 8, "diagnosed": 16},
     ),
     ("listops", "small"): _small(
-        "listops", 512, {"steps": 1000, "batch_size": 16, "peak_lr": 1e-3, "warmup_steps": 100},
-        model=_TINY, warmup_steps=60, joint_steps=60, lr=1e-4, predictor_lr=3e-3, query_rows=64,
-        items=1000, diagnosed=32,
+        "listops", 512, {"steps": 700, "warmup_steps": 100, **_FAST}, model=_TINY, items=1000,
+        **_SHORT,
     ),
 }  # fmt: skip
 
