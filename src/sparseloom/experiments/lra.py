@@ -25,13 +25,15 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from rich.console import Console
 from transformers import PreTrainedModel
 
 from sparseloom.experiments.bootstrap import paired_bootstrap
-from sparseloom.experiments.compare import settings_of
+from sparseloom.experiments.contenders import Against, rows_against, scored, slug
 from sparseloom.experiments.lra_sizes import LraStudy, Size, study_of
-from sparseloom.integrations import method_shape, sparsify
+from sparseloom.integrations import method_shape
 from sparseloom.methods import Dense, DynamicSparse, Learned, Method, RandomMask, SlidingWindow
+from sparseloom.models.base import LoadedModel
 from sparseloom.models.lra import LraForSequenceClassification
 from sparseloom.models.lra_presets import lra_config
 from sparseloom.results import write_results
@@ -39,6 +41,7 @@ from sparseloom.tasks import get_task
 from sparseloom.tasks.base import Batch
 from sparseloom.tasks.lra import LraTask
 from sparseloom.training import adapt, finetune, load, save
+from sparseloom.training.loop import LoopSettings
 
 PROJECTIONS = (0.1, 0.16, 0.2, 0.25, 0.33)
 BITS = (2, 4, 8, 32)
@@ -118,30 +121,52 @@ class Runner:
         self._check_settings()
 
     def run(self, contenders: Sequence[Contender] | None = None) -> list[dict[str, Any]]:
-        """Run what is missing and return the rows of the study, the dense control's first."""
+        """Run what is missing and return the rows of the study.
+
+        Raises:
+            ValueError: the first contender is not the dense control.
+        """
         return [*self.steps(contenders)][-1]
 
     def steps(
         self, contenders: Sequence[Contender] | None = None
     ) -> Iterator[list[dict[str, Any]]]:
         """After each contender the rows so far."""
+        wanted = list(contenders or contenders_of(self.study))
+        if wanted[0].name != CONTROL:
+            raise ValueError(f"contenders must begin with {CONTROL!r}, got {wanted[0].name!r}")
         self._vanilla()
-        scores: dict[str, tuple[Contender, dict[str, Any]]] = {}
-        for contender in contenders or contenders_of(self.study):
-            scores[contender.name] = (contender, self.contender(contender))
-            yield [self._row(one, entry, scores) for one, entry in scores.values()]
+        scores: dict[str, dict[str, Any]] = {}
+        shared = Against(
+            f"lra-{self.study.task} {self.study.size}", self.task, CONTROL, self.study.seed
+        )
+        for contender in wanted:
+            scores[contender.name] = self.contender(contender)
+            rows = rows_against(shared, scores)
+            yield [row | self._more(one, scores) for one, row in zip(wanted, rows, strict=False)]
 
     def contender(self, contender: Contender) -> dict[str, Any]:
         """Train and score one contender, or read what it gave."""
-        folder = self.out / _slug(contender.name)
-        file = folder.with_name(folder.name + "-score.json")
+        study, task = self.study, self.task
+        folder = self.out / slug(contender.name)
+        file = self.out / f"score-{slug(contender.name)}.json"
         if file.exists():
             return json.loads(file.read_text(encoding="utf-8"))
         model, method = self._trained(contender, folder)
-        entry = self._score(contender, model, method)
-        log = folder.with_name(folder.name + "-curve.json")
-        entry.update(json.loads(log.read_text(encoding="utf-8")))
-        _write(file, entry)
+        task.length = contender.context or study.length
+        selects = "select" in method.capabilities
+        try:
+            entry = scored(
+                file,
+                task,
+                LoadedModel(contender.name, model.eval(), None),
+                method,
+                limit=study.items,
+                probe=study.diagnosed if selects else 0,
+                console=Console(stderr=True),
+            )
+        finally:
+            task.length = study.length
         self.say(f"{contender.name}: accuracy {entry['value']:.4f}")
         return entry
 
@@ -161,42 +186,12 @@ class Runner:
         size = size or self.study.recipe.batch_size
         return self.task.batches(model, steps=steps, batch_size=size, context=context, seed=seed)
 
-    def _fresh(self) -> PreTrainedModel:
-        study = self.study
-        torch.manual_seed(study.seed)
-        config = lra_config(study.task, length=study.length, **study.model)
-        return LraForSequenceClassification(config)
-
     def _vanilla(self) -> Path:
         """The vanilla model, trained from scratch with the recipe."""
         folder = self.out / "vanilla"
         if not (folder / "config.json").exists():
             self._from_scratch(Contender("vanilla", Dense(), "scratch"), folder)
         return folder
-
-    def _from_scratch(self, contender: Contender, folder: Path) -> tuple[PreTrainedModel, Method]:
-        study, method, model = self.study, contender.method, self._fresh()
-        if isinstance(method, Learned) and method.module is None:
-            method = method.initialise(method_shape(model), seed=study.seed)
-        steps = study.recipe.steps
-        self.say(f"{contender.name}: {steps} steps from scratch")
-        started = time.monotonic()
-        log = finetune(
-            model,
-            method,
-            self._batches(model, steps, study.seed, contender.context, None),
-            steps=steps,
-            lr=study.recipe.peak_lr,
-            predictor_lr=study.recipe.peak_lr,
-            query_rows=study.query_rows,
-            mixed_precision=study.mixed_precision,
-            settings=study.settings(),
-            seed=study.seed,
-            out=folder.with_name(folder.name + "-run"),
-            progress=self.progress,
-        )
-        self._keep(folder, model, method, log, time.monotonic() - started)
-        return model, method
 
     def _trained(self, contender: Contender, folder: Path) -> tuple[PreTrainedModel, Method]:
         """A contender's model, trained or read."""
@@ -205,29 +200,69 @@ class Runner:
         if contender.start == "scratch":
             return self._from_scratch(contender, folder)
         study, method = self.study, contender.method
+        model, _ = load(self._vanilla())
         if isinstance(method, DynamicSparse):
             method = dataclasses.replace(method, predictor=self._predictor(method).predictor)
-        elif isinstance(method, Learned) and method.module is None:
-            method = method.initialise(method_shape(load(self._vanilla())[0]), seed=study.seed)
-        model, _ = load(self._vanilla())
         self.say(f"{contender.name}: {study.joint_steps} further steps")
-        started = time.monotonic()
-        log = finetune(
+        return self._train(
+            folder,
             model,
             method,
             self._batches(
                 model, study.joint_steps, study.seed + 1, contender.context, study.joint_batch
             ),
-            steps=study.joint_steps,
+            LoopSettings(study.joint_steps),
             lr=study.lr,
             predictor_lr=study.predictor_lr / 3,
+        )
+
+    def _from_scratch(self, contender: Contender, folder: Path) -> tuple[PreTrainedModel, Method]:
+        study = self.study
+        recipe = study.recipe
+        torch.manual_seed(study.seed)
+        config = lra_config(study.task, length=study.length, **study.model)
+        model = LraForSequenceClassification(config)
+        self.say(f"{contender.name}: {recipe.steps} steps from scratch")
+        return self._train(
+            folder,
+            model,
+            contender.method,
+            self._batches(model, recipe.steps, study.seed, contender.context, None),
+            study.settings(),
+            lr=recipe.peak_lr,
+            predictor_lr=recipe.peak_lr,
+        )
+
+    def _train(
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        method: Method,
+        batches: Iterator[Batch],
+        settings: LoopSettings,
+        **rates: float,
+    ) -> tuple[PreTrainedModel, Method]:
+        """Train model and method together and keep both, with their curve, as `folder`."""
+        study = self.study
+        if isinstance(method, Learned) and method.module is None:
+            method = method.initialise(method_shape(model), seed=study.seed)
+        started = time.monotonic()
+        log = finetune(
+            model,
+            method,
+            batches,
+            steps=settings.steps,
             query_rows=study.query_rows,
             mixed_precision=study.mixed_precision,
+            settings=settings,
             seed=study.seed,
             out=folder.with_name(folder.name + "-run"),
             progress=self.progress,
+            **rates,
         )
-        self._keep(folder, model, method, log, time.monotonic() - started)
+        curve = {"curve": _thin(log), "train_seconds": round(time.monotonic() - started, 1)}
+        _write(folder.with_name(folder.name + "-curve.json"), curve)
+        save(model, method, folder)
         return model, method
 
     def _predictor(self, method: DynamicSparse) -> DynamicSparse:
@@ -237,11 +272,12 @@ class Runner:
         if (folder / "config.json").exists():
             return cast("DynamicSparse", load(folder)[1])
         model, _ = load(self._vanilla())
-        self.say(f"predictor {method}: {study.warmup_steps} steps")
+        self.say(f"predictor of {method}: {study.warmup_steps} steps")
+        batches = self._batches(model, study.warmup_steps, study.seed + 2, None, study.joint_batch)
         fitted = adapt(
             model,
-            dataclasses.replace(method, sparsity=0.9),
-            self._batches(model, study.warmup_steps, study.seed + 2, None, study.joint_batch),
+            method,
+            batches,
             warmup_steps=study.warmup_steps,
             predictor_lr=study.predictor_lr,
             query_rows=study.query_rows,
@@ -253,83 +289,19 @@ class Runner:
         save(model, fitted, folder)
         return fitted
 
-    def _keep(
-        self, folder: Path, model: PreTrainedModel, method: Method, log: Any, seconds: float
-    ) -> None:
-        curve = {"curve": _thin(log), "train_seconds": round(seconds, 1)}
-        _write(folder.with_name(folder.name + "-curve.json"), curve)
-        save(model, method, folder)
-
-    def _score(
-        self, contender: Contender, model: PreTrainedModel, method: Method
-    ) -> dict[str, Any]:
-        """Accuracy item by item, density, and how good the choice of keys was in each layer."""
-        study, task = self.study, self.task
-        task.length = contender.context or study.length
-        try:
-            with sparsify(model.eval(), method, when="always") as sparse:
-                score = task.score(model, limit=study.items)
-                layers = sparse.stats()
-            quality: dict[str, list[float]] = {}
-            if "select" in method.capabilities:
-                with torch.no_grad(), sparsify(model, method, diagnose=True) as sparse:
-                    for inputs in task.inputs(model, limit=study.diagnosed):
-                        model(**inputs)
-                names = ("prediction_overlap", "retained_mass", "oracle_mass")
-                rows = [cast("dict[str, Any]", row) for row in sparse.stats()]
-                quality = {name: [row[name] for row in rows] for name in names if name in rows[0]}
-        finally:
-            task.length = study.length
-        allowed = sum(layer["allowed_pairs"] for layer in layers)
-        return {
-            "value": score.value,
-            "per_item": score.per_item.astype(int).tolist(),
-            "density": sum(layer["kept_pairs"] for layer in layers) / allowed,
-            "quality": quality,
-            "notes": list(score.notes),
-        }
-
-    def _row(
-        self,
-        contender: Contender,
-        entry: dict[str, Any],
-        scores: dict[str, tuple[Contender, dict[str, Any]]],
-    ) -> dict[str, Any]:
-        study, method = self.study, contender.method
-        right = np.array(entry["per_item"], dtype=float)
+    def _more(self, contender: Contender, scores: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """What a row holds beside the comparison: its training, and which items were right."""
+        curve = self.out / f"{slug(contender.name)}-curve.json"
+        right = np.array(scores[contender.name]["per_item"])
         own = paired_bootstrap(right, np.zeros_like(right))
-        quality = dict(entry["quality"])
-        row = {
-            "model": f"lra-{study.task} {study.size}",
-            "task": f"lra-{study.task}",
-            "contender": contender.name,
+        return {
             "start": contender.start,
-            "method": method.name,
-            "settings": settings_of(method),
-            "sparsity": getattr(method, "sparsity", None),
-            "density": entry["density"],
-            "metric": "accuracy",
-            "value": entry["value"],
+            "length": contender.context or self.study.length,
             "value_interval95": list(own.interval95),
-            "items": own.items,
-            "prediction_accuracy": quality.pop("prediction_overlap", None),
-            **quality,
-            "seed": study.seed,
-            "length": contender.context or study.length,
-            "study": dataclasses.asdict(study),
-            "curve": entry["curve"],
-            "train_seconds": entry["train_seconds"],
             "right": np.packbits(right.astype(np.uint8)).tobytes().hex(),
-            "note": "; ".join(entry["notes"]),
+            "study": dataclasses.asdict(self.study),
+            **json.loads(curve.read_text(encoding="utf-8")),
         }
-        if CONTROL in scores:
-            control = scores[CONTROL][1]
-            loss = paired_bootstrap(np.array(control["per_item"], dtype=float), right)
-            row["dense_value"] = control["value"]
-            row["loss"] = loss.mean
-            row["loss_upper95"] = loss.upper95
-            row["loss_interval95"] = list(loss.interval95)
-        return row
 
 
 def _thin(log: list[dict[str, float]], points: int = 60) -> list[list[float]]:
@@ -337,11 +309,6 @@ def _thin(log: list[dict[str, float]], points: int = 60) -> list[list[float]]:
     width = max(1, math.ceil(len(log) / points))
     parts = [log[first : first + width] for first in range(0, len(log), width)]
     return [[part[-1]["step"], sum(one["loss"] for one in part) / len(part)] for part in parts]
-
-
-def _slug(name: str) -> str:
-    words = "".join(letter if letter.isalnum() or letter == "." else " " for letter in name)
-    return "-".join(words.split())
 
 
 def _write(file: Path, content: Any) -> None:
