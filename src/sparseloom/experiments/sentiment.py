@@ -22,7 +22,7 @@ from rich.console import Console
 
 from sparseloom.experiments.contenders import Against, Log, rows_against, scored, slug, tuned
 from sparseloom.integrations.describe import attention_modules
-from sparseloom.methods import Dense, DynamicSparse, Learned, Method, RandomMask, SlidingWindow
+from sparseloom.methods import Dense, DynamicSparse, Method, RandomMask, SlidingWindow
 from sparseloom.models import LoadedModel, load_model
 from sparseloom.results import write_results
 from sparseloom.tasks.classification import SentimentClassification
@@ -152,9 +152,8 @@ def _tune(
     """A copy of the base model after the extra steps under `method`."""
 
     def train(loaded: LoadedModel) -> tuple[Method, Log]:
-        steps = study.warmup_steps if isinstance(method, Learned) else 0
-        run, fitted = out / f"{slug(label)}-run", method
-        if isinstance(method, Learned):
+        run, fitted, steps = out / f"{slug(label)}-run", method, study.warmup_steps
+        if isinstance(method, DynamicSparse):
             fitted = adapt(
                 loaded.model,
                 method,
@@ -164,7 +163,8 @@ def _tune(
                 query_rows=study.query_rows,
                 mixed_precision="bf16",
                 seed=study.seed,
-                out=run,
+                # What is warmed up depends on the predictor alone, so contenders share it.
+                out=out / f"predictor-{method.bits}-{method.projection}-run",
             )
         torch.manual_seed(study.seed)
         return fitted, finetune(
