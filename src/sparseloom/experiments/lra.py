@@ -240,7 +240,9 @@ class Runner:
         method: Method,
         batches: Iterator[Batch],
         settings: LoopSettings,
-        **rates: float,
+        *,
+        lr: float,
+        predictor_lr: float,
     ) -> tuple[PreTrainedModel, Method]:
         """Train model and method together and keep both, with their curve, as `folder`."""
         study = self.study
@@ -252,13 +254,14 @@ class Runner:
             method,
             batches,
             steps=settings.steps,
+            lr=lr,
+            predictor_lr=predictor_lr,
             query_rows=study.query_rows,
             mixed_precision=study.mixed_precision,
             settings=settings,
             seed=study.seed,
             out=folder.with_name(folder.name + "-run"),
             progress=self.progress,
-            **rates,
         )
         curve = {"curve": _thin(log), "train_seconds": round(time.monotonic() - started, 1)}
         _write(folder.with_name(folder.name + "-curve.json"), curve)
