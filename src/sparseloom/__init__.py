@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from sparseloom.kernels import attention, decode_attention
     from sparseloom.mask import SparseMask
     from sparseloom.methods import (
+        AttentionGate,
         Dense,
         DynamicSparse,
+        LightningIndexer,
         Linformer,
         Method,
         Oracle,
@@ -35,8 +37,10 @@ if TYPE_CHECKING:
     from sparseloom.training import adapt, load, save
 
 __all__ = [
+    "AttentionGate",
     "Dense",
     "DynamicSparse",
+    "LightningIndexer",
     "Linformer",
     "Method",
     "Oracle",
@@ -72,9 +76,11 @@ _HOMES = {
     "sparseloom.kernels": ("attention", "decode_attention"),
     "sparseloom.mask": ("SparseMask",),
     "sparseloom.methods": (
+        "AttentionGate",
         "Dense",
         "DynamicSparse",
         "Linformer",
+        "LightningIndexer",
         "Method",
         "Oracle",
         "Performer",

@@ -13,10 +13,12 @@ from sparseloom.mask import SparseMask
 from sparseloom.methods import (
     METHODS,
     Attender,
+    AttentionGate,
     AttentionInputs,
     Dense,
     DynamicSparse,
     Learned,
+    LightningIndexer,
     Linformer,
     Method,
     MethodShape,
@@ -46,6 +48,9 @@ SHAPE = MethodShape(
     rotary=False,
     is_causal=False,
 )
+ROTARY = dataclasses.replace(SHAPE, rotary=True, is_causal=True)
+GATE = AttentionGate(width=8).initialise(ROTARY).gate
+INDEXER = LightningIndexer(width=8, index_heads=2).initialise(ROTARY).indexer
 
 EXAMPLES: dict[str, list[Method]] = {
     "dense": [Dense()],
@@ -75,6 +80,14 @@ EXAMPLES: dict[str, list[Method]] = {
             thresholds=((0.5, -1e-05), (1.0, 0.25)),
             predictor=PREDICTOR,
         ),
+    ],
+    "gate": [
+        AttentionGate(width=8, block_size=(4, 4), minimum_keys=2, sparsity=0.8, gate=GATE),
+        AttentionGate(width=8, block_size=(1, 4), threshold=0.2, gate=GATE),
+    ],
+    "indexer": [
+        LightningIndexer(width=8, index_heads=2, minimum_keys=3, indexer=INDEXER),
+        LightningIndexer(width=8, index_heads=2, block_size=(8, 1), indexer=INDEXER),
     ],
     "window": [
         SlidingWindow(sparsity=0.9),
@@ -323,6 +336,10 @@ def test_shape_counts_the_allowed_pairs() -> None:
         ("oracle:sparsity=0.5,threshold=0.1", "got sparsity=0.5 and threshold=0.1"),
         ("oracle:threshold=0", r"threshold must be in \(0, 1\), got 0.0"),
         ("window", "exactly one of sparsity and width"),
+        ("gate:width=5", "width must be even, got 5"),
+        ("gate:threshold=1", r"threshold must be in \(0, 1\), got 1.0"),
+        ("indexer:bits=4", "bits must be one of 8, 32, got 4"),
+        ("indexer:rotary_share=2", r"rotary_share must be in \[0, 1\], got 2.0"),
         ("window:width=4,growing=true", "width must be none for a growing window, got 4"),
         ("performer:kernel=elu", "kernel must be one of 'softmax', 'relu', got 'elu'"),
         ("reformer:buckets=5", "buckets must be an even number of at least 2, got 5"),

@@ -106,6 +106,8 @@ def scored(
         "value": score.value,
         "per_item": [float(x) for x in score.per_item],
         "density": sum(x["kept_pairs"] for x in layers) / sum(x["allowed_pairs"] for x in layers),
+        "prediction_macs_share": sum(x["prediction_macs"] for x in layers)
+        / sum(x["dense_macs"] for x in layers),
         "accuracy": quality,
         "notes": list(score.notes),
     }

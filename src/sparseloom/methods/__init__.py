@@ -13,6 +13,8 @@ from sparseloom.methods.base import (
 )
 from sparseloom.methods.dense import Dense
 from sparseloom.methods.dynamic import DynamicSparse
+from sparseloom.methods.gate import AttentionGate
+from sparseloom.methods.indexer import LightningIndexer
 from sparseloom.methods.learned import Learned, MethodShape, Predicting
 from sparseloom.methods.linformer import Linformer
 from sparseloom.methods.oracle import Oracle
@@ -29,6 +31,7 @@ from sparseloom.methods.window import SlidingWindow
 __all__ = [
     "METHODS",
     "Attender",
+    "AttentionGate",
     "AttentionInputs",
     "AttentionShape",
     "Dense",
@@ -36,6 +39,7 @@ __all__ = [
     "LayerPredictor",
     "LayerState",
     "Learned",
+    "LightningIndexer",
     "Linformer",
     "Method",
     "MethodShape",

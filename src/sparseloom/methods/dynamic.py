@@ -16,7 +16,7 @@ from sparseloom.mask import SparseMask
 from sparseloom.methods.base import AttentionInputs, AttentionShape, Work
 from sparseloom.methods.coding import BITS, Coded
 from sparseloom.methods.compiled import encode_to_codes, threshold_of_codes, topk_of_codes
-from sparseloom.methods.learned import MethodShape, Predicting
+from sparseloom.methods.learned import MethodShape, Predicting, layer_weights
 from sparseloom.methods.pooling import POOLINGS, Pooling
 from sparseloom.methods.predictor import LayerPredictor, Predictor, PredictorKeys, predictor_width
 from sparseloom.methods.selection import (
@@ -312,17 +312,8 @@ class DynamicSparse(Predicting):
             raise ValueError(f"tile must be none with selection='threshold', got {self.tile}")
 
     def _layer(self, inputs: AttentionInputs) -> LayerPredictor:
-        if self.predictor is None:
-            raise ValueError(
-                "DynamicSparse has no trained predictor: run sl.adapt(model, method, batches) "
-                "first or load one"
-            )
-        if inputs.layer >= len(self.predictor.layers):
-            raise ValueError(
-                f"layer must be below {len(self.predictor.layers)}, the layers of the predictor, "
-                f"got {inputs.layer}"
-            )
-        return self.predictor.layers[inputs.layer]
+        layers = None if self.predictor is None else self.predictor.layers
+        return layer_weights(layers, inputs.layer, "DynamicSparse")
 
     @torch.no_grad()
     def _codes(self, layer: LayerPredictor, inputs: AttentionInputs) -> tuple[Coded, Coded]:

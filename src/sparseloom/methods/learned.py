@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparseloom.methods.base import AttentionInputs, Method, Selector
 
+Weights = TypeVar("Weights", bound=nn.Module)
 Sizes = Mapping[str, int | bool | str]
 """Sizes of stored weights by name, as numbers or as their text."""
 
@@ -92,6 +93,26 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise ValueError(f"weights of the stored predictor do not fit: {first}") from None
+
+
+def layer_weights(
+    layers: Sequence[Weights] | nn.ModuleList | None, layer: int, owner: str
+) -> Weights:
+    """The weights of one layer.
+
+    Raises:
+        ValueError: there are none, or not so many layers.
+    """
+    if layers is None:
+        raise ValueError(
+            f"{owner} has no trained predictor: run sl.adapt(model, method, batches) first or "
+            "load one"
+        )
+    if layer >= len(layers):
+        raise ValueError(
+            f"layer must be below {len(layers)}, the layers of the predictor, got {layer}"
+        )
+    return cast("Weights", layers[layer])
 
 
 class Comparison(NamedTuple):

@@ -10,6 +10,8 @@ from sparseloom.errors import unknown_name
 from sparseloom.methods.base import Method
 from sparseloom.methods.dense import Dense
 from sparseloom.methods.dynamic import DynamicSparse
+from sparseloom.methods.gate import AttentionGate
+from sparseloom.methods.indexer import LightningIndexer
 from sparseloom.methods.linformer import Linformer
 from sparseloom.methods.oracle import Oracle
 from sparseloom.methods.performer import Performer
@@ -24,6 +26,8 @@ METHODS: dict[str, type[Method]] = {
         Dense,
         Oracle,
         DynamicSparse,
+        AttentionGate,
+        LightningIndexer,
         SlidingWindow,
         RandomMask,
         Linformer,

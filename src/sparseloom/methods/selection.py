@@ -17,6 +17,8 @@ from sparseloom.methods.scores import Scores
 __all__ = [
     "Grid",
     "Scores",
+    "block_threshold_mask",
+    "block_topk_mask",
     "budgets",
     "keeps_all",
     "kept_blocks",
@@ -171,6 +173,39 @@ def threshold_mask(
         found.append(kept.flatten(0, 2).nonzero()[:, 1].to(torch.int32))
     offsets = _offsets(torch.cat(counts, -1))
     return _mask(_gather_chunks(found, counts, offsets), offsets, grid)
+
+
+@torch.no_grad()
+def block_topk_mask(
+    scores: Float[Tensor, "batch heads q_blocks kv_blocks"],
+    grid: Grid,
+    *,
+    sparsity: float,
+    minimum_keys: int,
+) -> SparseMask:
+    """`topk_mask` from one score per block."""
+    budget = grid.budget(sparsity, minimum_keys)
+    offsets = _offsets(budget[:, None].expand(*scores.shape[:2], grid.q_blocks))
+    out = torch.empty(int(offsets[-1, -1, -1]), dtype=torch.int32, device=scores.device)
+    starts = offsets[..., :-1]
+    select_rows(scores, grid.visible, budget, grid.diagonal, grid.attended, starts, out)
+    return _mask(out, offsets, grid)
+
+
+@torch.no_grad()
+def block_threshold_mask(
+    scores: Float[Tensor, "batch heads q_blocks kv_blocks"], grid: Grid, threshold: float
+) -> SparseMask:
+    """Every block whose share of the softmax over its row's allowed blocks reaches the threshold,
+    the row's best block, and in causal models those on the diagonal."""
+    may = grid.allowed_blocks(0, grid.q_blocks, grid.kv_blocks)
+    share = scores.float().masked_fill(~may, torch.finfo(torch.float32).min).softmax(-1)
+    keep = (share >= threshold).scatter_(-1, share.argmax(-1, keepdim=True), True)
+    if grid.is_causal:
+        keep = keep | grid.diagonal_blocks(0, grid.q_blocks, grid.kv_blocks)
+    keep = keep & may
+    found = keep.flatten(0, 2).nonzero()[:, 1].to(torch.int32)
+    return _mask(found, _offsets(keep.sum(-1)), grid)
 
 
 def _grid(
