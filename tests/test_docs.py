@@ -91,6 +91,18 @@ def test_commands_in_the_docs_exist() -> None:
     assert shown <= known
 
 
+def test_the_table_of_predictors_is_in_the_results() -> None:
+    from sparseloom.experiments.predictors import table
+    from sparseloom.results import read_results
+
+    file = ROOT / "results/predictors.json"
+    if not file.exists():
+        pytest.skip("results/predictors.json: the study has not been run")
+    text = (ROOT / "docs/methods.md").read_text("utf-8")
+    for line in table([row.model_dump() for row in read_results(file).rows]):
+        assert line in text
+
+
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="mkdocs is not installed: make docs")
 def test_site_builds(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]

@@ -56,6 +56,11 @@ def test_every_contender_has_a_row_and_nothing_is_done_twice(
     assert rows["dynamic, local top-k"]["settings"]["tile"] == 64
     assert rows["dynamic, MSE"]["loss_name"] == "mse"
 
+    lines = predictors.table(list(rows.values()))
+    assert len(lines) == 2 + len(rows)
+    values = [float(line.split("|")[3]) for line in lines[2:]]
+    assert values == sorted(values)
+
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("trained twice")
 

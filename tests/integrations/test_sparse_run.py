@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparseloom.integrations import describe, sparsify
+from sparseloom.integrations import describe, method_shape, sparsify
 from sparseloom.mask import SparseMask
 from sparseloom.methods import (
+    AttentionGate,
     AttentionInputs,
     Dense,
     DynamicSparse,
+    LightningIndexer,
     Method,
     Oracle,
     Predictor,
@@ -55,6 +57,11 @@ def make(name: str, model: nn.Module, **changes: Any) -> Method:
             model(input_ids=torch.arange(40).view(2, 20) + 3)
         settings = {"sparsity": 0.7, "minimum_keys": 2, "projection": 0.5, **changes}
         return DynamicSparse(**settings, predictor=predictor.eval())
+    gate = AttentionGate(sparsity=0.7, block_size=(1, 4), width=8, minimum_keys=4)
+    indexer = LightningIndexer(sparsity=0.7, width=8, index_heads=2, minimum_keys=2)
+    learned = {"gate": gate, "indexer": indexer}
+    if name in learned:
+        return learned[name].initialise(method_shape(model))
     return {
         "oracle": Oracle(sparsity=0.7, minimum_keys=2),
         "threshold": Oracle(threshold=0.05),
@@ -106,7 +113,7 @@ def test_the_mask_is_what_runs(zoo: SimpleNamespace, family: str, padding: str, 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
-@pytest.mark.parametrize("name", ["oracle", "window", "dynamic"])
+@pytest.mark.parametrize("name", ["oracle", "window", "dynamic", "gate", "indexer"])
 def test_decoding_step_by_step_equals_one_pass(
     zoo: SimpleNamespace, family: str, name: str
 ) -> None:
@@ -134,7 +141,7 @@ def test_decoding_step_by_step_equals_one_pass(
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("name", ["oracle", "dynamic"])
+@pytest.mark.parametrize("name", ["oracle", "dynamic", "gate", "indexer"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generate_equals_generating_without_a_cache(
     zoo: SimpleNamespace, family: str, name: str, beams: int
@@ -146,6 +153,45 @@ def test_generate_equals_generating_without_a_cache(
         anew = model.generate(**inputs, **settings, use_cache=False)
     assert torch.equal(cached, anew)
     assert not torch.equal(cached, model.generate(**inputs, **settings))
+
+
+class Kept:
+    """The last row's kept keys of every call, by layer and number of keys."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[int, int], Tensor] = {}
+
+    def on_attention(
+        self, inputs: AttentionInputs, mask: SparseMask | None, output: Tensor
+    ) -> None:
+        assert mask is not None
+        keep = mask.to_bool()
+        first = keep.shape[-1] - keep.shape[-2]
+        for row in range(keep.shape[-2]):
+            keys = first + row + 1
+            self.rows[inputs.layer, keys] = keep[:, :, row, :keys]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dynamic", "gate", "indexer"])
+def test_beams_select_what_teacher_forcing_does(zoo: SimpleNamespace, name: str) -> None:
+    """Every step of the winning beams chose the keys that their whole text chooses at once."""
+    model, inputs = zoo.build("llama"), zoo.inputs("none", length=14, batch=2)
+    method, during, after = make(name, model), Kept(), Kept()
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    with sparsify(model, method, when="always", observer=during):
+        texts = model.generate(**inputs, **settings)
+    with sparsify(model, method, when="always", observer=after):
+        model(input_ids=texts, use_cache=False)
+    assert texts.shape[1] == 20
+    compared = 0
+    for place, forced in after.rows.items():
+        beams = during.rows.get(place)  # of the last token there was no step
+        for text in range(2 if beams is not None else 0):
+            some = beams[3 * text : 3 * text + 3] if len(beams) > 2 else beams[text : text + 1]
+            assert (some == forced[text]).flatten(1).all(1).any(), place
+            compared += 1
+    assert compared == 2 * 2 * 19
 
 
 @torch.no_grad()

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from sparseloom.tasks import Task
 
 
+class Gradient(StrEnum):
+    """Where the predictor loss of joint steps flows."""
+
+    predictor = "predictor"
+    both = "both"
+
+
 class Loss(StrEnum):
     """What the predictor is trained towards."""
 
@@ -55,6 +62,17 @@ def adapt(
     loss_weight: Annotated[
         float, typer.Option("--loss-weight", min=0.0, help="λ of equation 7.")
     ] = 1.0,
+    gradient: Annotated[
+        Gradient | None,
+        typer.Option("--gradient", help="Where it flows in joint steps; default: by the loss."),
+    ] = None,
+    ramp_from: Annotated[
+        float | None,
+        typer.Option("--ramp-from", help="Sparsity of the first joint step; default: the last's."),
+    ] = None,
+    ramp_share: Annotated[
+        float, typer.Option("--ramp-share", help="Share of the joint steps in which it rises.")
+    ] = 0.2,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of the model.")] = 1e-4,
     predictor_lr: Annotated[
         float, typer.Option("--predictor-lr", help="Peak learning rate of the predictor.")
@@ -76,8 +94,8 @@ def adapt(
     from sparseloom.models import load_model
     from sparseloom.results import results
     from sparseloom.tasks import get_task
+    from sparseloom.training import SparsityRamp, save
     from sparseloom.training import adapt as train
-    from sparseloom.training import save
 
     chosen = parse_method(method)
     if not isinstance(chosen, Learned):
@@ -98,6 +116,8 @@ def adapt(
         joint_steps=joint_steps,
         loss=loss.value,
         loss_weight=loss_weight,
+        gradient=None if gradient is None else gradient.value,
+        ramp=None if ramp_from is None else SparsityRamp(ramp_from, ramp_share),
         lr=lr,
         predictor_lr=predictor_lr,
         seed=seed,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ from sparseloom.methods import (
     SlidingWindow,
 )
 from sparseloom.models import LoadedModel, load_model
-from sparseloom.results import write_results
+from sparseloom.results import read_results, write_results
 from sparseloom.tasks import Task, get_task
 from sparseloom.training import adapt
 
@@ -176,16 +176,44 @@ def _train(
     return method, means
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rows as a table in Markdown, best first."""
+    lines = [
+        "| selection | density | bits per byte | against dense | retained mass | of the oracle's "
+        "| prediction, share of dense MACs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: row["value"]):
+        ours, best = row.get("retained_mass") or [], row.get("oracle_mass") or []
+        worst = min((a / b for a, b in zip(ours, best, strict=True)), default=None)
+        dense = row["contender"] == "dense"
+        cells = [
+            row["contender"],
+            f"{row['density']:.1%}",
+            f"{row['value']:.4f}",
+            "–" if dense else f"{row['difference']:+.4f} (≤ {row['difference_upper95']:+.4f})",
+            "–" if worst is None else f"{np.mean(ours):.1%}",
+            "–" if worst is None else f"{worst:.1%}",
+            f"{row['prediction_macs_share']:.2%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def main() -> None:
     """Command line of the study."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("out/predictors"))
     parser.add_argument("--results", type=Path, default=Path("results/predictors.json"))
+    parser.add_argument("--table", action="store_true", help="print the stored results and stop")
     for field in dataclasses.fields(Study):
         flag = f"--{field.name.replace('_', '-')}"
         parser.add_argument(flag, type=type(field.default), default=field.default)
     arguments = vars(parser.parse_args())
     out, results = arguments.pop("out"), arguments.pop("results")
+    if arguments.pop("table"):
+        print("\n".join(table([row.model_dump() for row in read_results(results).rows])))
+        return
     rows = run_study(Study(**arguments), out)
     write_results(results, rows, command="python -m sparseloom.experiments.predictors")
 

@@ -18,7 +18,7 @@ def measure(inputs: AttentionInputs, mask: SparseMask, method: Method) -> dict[s
     """
     who: Any = {"is_causal": inputs.is_causal, "key_padding": inputs.key_padding}
     sparsity, least = getattr(method, "sparsity", None), getattr(method, "minimum_keys", 1)
-    if sparsity is None:
+    if sparsity is None or getattr(method, "threshold", None) is not None:
         sparsity, least = max(0.0, 1.0 - mask.density(**who)), 1
     exact = Oracle(sparsity=sparsity, block_size=mask.block_size, minimum_keys=least).select(inputs)
     mass: Any = {"scale": inputs.scale, "query_padding": inputs.query_padding, **who}

@@ -144,6 +144,14 @@ class Sparsified:
             self._undo.close()
             self._undo = None
 
+    def use(self, method: Method | Sequence[Method]) -> None:
+        """Run another method from the next call on, such as the same one at another sparsity.
+
+        Raises:
+            NotImplementedError, TypeError: as `sparsify`.
+        """
+        self.method = self._session.method = _one_method(method)
+
     def stats(self) -> list[LayerStats]:
         """One row per layer that has run, in order; see `LayerStats` for the keys."""
         name = str(self.method)

@@ -2,5 +2,6 @@
 
 from sparseloom.training.adapt import adapt, finetune
 from sparseloom.training.checkpoint import load, load_method, save, save_method
+from sparseloom.training.ramp import SparsityRamp
 
-__all__ = ["adapt", "finetune", "load", "load_method", "save", "save_method"]
+__all__ = ["SparsityRamp", "adapt", "finetune", "load", "load_method", "save", "save_method"]

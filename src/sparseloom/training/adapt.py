@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from sparseloom.integrations import method_shape, sparsify
-from sparseloom.methods import AttentionInputs, Dense, Learned, Method, Predicting
+from sparseloom.methods import Dense, Learned, Method, Predicting
 from sparseloom.training.loop import Batch, LoopSettings, make_accelerator, repeat, run_loop
 from sparseloom.training.losses import LOSSES
+from sparseloom.training.predictor_loss import Collector, LossName, RowSampler, predictor_loss
+from sparseloom.training.ramp import SparsityRamp
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from transformers import PreTrainedModel
 
-    from sparseloom.mask import SparseMask
 
-LossName = Literal["kl", "mse"]
 ModelLoss = Callable[[Any, Batch], Tensor]
 LearnedMethod = TypeVar("LearnedMethod", bound=Learned)
 
@@ -44,6 +44,7 @@ def adapt(
     lr: float = 1e-4,
     predictor_lr: float = 2e-3,
     query_rows: int | None = 256,
+    ramp: SparsityRamp | None = None,
     model_loss: ModelLoss | None = None,
     mixed_precision: Literal["no", "bf16", "fp16"] = "no",
     seed: int = 0,
@@ -68,6 +69,7 @@ def adapt(
             choice and the default for MSE).
         lr, predictor_lr: peak AdamW learning rates of model and predictor.
         query_rows: predictor-loss rows drawn per sequence and step; None takes all.
+        ramp: lets the sparsity of the joint steps rise to the method's own; None: no rise.
         model_loss: (outputs, batch) → scalar; default `outputs.loss`.
         mixed_precision: accelerate's name of the forward's precision.
         seed: draws predictor weights and query rows.
@@ -91,7 +93,7 @@ def adapt(
     module = _module(adapted).to(accelerator.device)
     folder = None if out is None else Path(out)
     source = repeat(batches)
-    rows = _RowSampler(query_rows, seed)
+    rows = RowSampler(query_rows, seed)
 
     if warmup_steps:
         if not isinstance(adapted, Predicting):
@@ -99,7 +101,7 @@ def adapt(
                 f"warmup_steps must be 0 for {method.name}, which predicts no scores, got "
                 f"{warmup_steps}"
             )
-        with _frozen(model), sparsify(model, Dense(), observer=(seen := _Collector())):
+        with _frozen(model), sparsify(model, Dense(), observer=(seen := Collector())):
             predicting = adapted
 
             def warm_up(batch: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -134,6 +136,7 @@ def adapt(
             lr=lr,
             predictor_lr=predictor_lr,
             query_rows=query_rows,
+            ramp=ramp,
             model_loss=model_loss,
             accelerator=accelerator,
             seed=seed,
@@ -155,6 +158,7 @@ def finetune(
     lr: float = 1e-4,
     predictor_lr: float = 2e-3,
     query_rows: int | None = 256,
+    ramp: SparsityRamp | None = None,
     model_loss: ModelLoss | None = None,
     mixed_precision: Literal["no", "bf16", "fp16"] = "no",
     accelerator: Any = None,
@@ -179,8 +183,8 @@ def finetune(
     model.to(accelerator.device)
     module = _module(method) if isinstance(method, Learned) else None
     detach = (gradient or ("predictor" if loss == "kl" else "both")) == "predictor"
-    rows = _RowSampler(query_rows, seed + 1)
-    seen = _Collector()
+    rows = RowSampler(query_rows, seed + 1)
+    seen = Collector()
     of_model = model_loss or _own_loss
     modules: dict[str, nn.Module] = {"model": model}
     groups: list[dict[str, Any]] = [{"params": _trainable(model), "lr": lr}]
@@ -203,7 +207,12 @@ def finetune(
         module.train()
     observer = seen if isinstance(method, Predicting) else None
     try:
-        with sparsify(model, method, when="always", observer=observer):
+        with sparsify(model, method, when="always", observer=observer) as sparse:
+
+            def before_step(step: int) -> None:
+                if ramp is not None:
+                    sparse.use(ramp.at(method, step, steps))
+
             return run_loop(
                 f"fine-tune {method.name}",
                 joint,
@@ -214,33 +223,12 @@ def finetune(
                 accelerator=accelerator,
                 checkpoint=None if out is None else Path(out) / "fine-tune.pt",
                 progress=progress,
+                before_step=before_step,
             )
     finally:
         model.train(was_training)
         if module is not None:
             module.eval()
-
-
-def predictor_loss(
-    method: Predicting,
-    calls: list[AttentionInputs],
-    rows: _RowSampler,
-    loss: LossName,
-    *,
-    detach: bool,
-) -> Tensor:
-    """Mean over layers of the predictor loss on sampled query rows, in fp32."""
-    if loss not in method.losses:
-        raise ValueError(
-            f"loss must be one of {', '.join(map(repr, method.losses))} for {method.name}, "
-            f"got {loss!r}"
-        )
-    total = torch.zeros((), device=calls[0].query.device)
-    with torch.autocast(calls[0].query.device.type, enabled=False):
-        for call in calls:
-            chosen = rows.draw(call.query.shape[2]).to(call.query.device)
-            total = total + LOSSES[loss](*method.compare(call, chosen, detach=detach))
-    return total / len(calls)
 
 
 def _module(method: Learned) -> nn.Module:
@@ -249,38 +237,6 @@ def _module(method: Learned) -> nn.Module:
             f"method: {method.name} has no weights yet; make them with initialise or sl.adapt"
         )
     return method.module
-
-
-class _Collector:
-    """Observer that keeps the inputs of each attention call of one forward pass."""
-
-    def __init__(self) -> None:
-        self._calls: dict[int, AttentionInputs] = {}
-
-    def on_attention(
-        self, inputs: AttentionInputs, mask: SparseMask | None, output: Tensor
-    ) -> None:
-        del mask, output
-        self._calls[inputs.layer] = inputs  # by layer: recomputation must not count twice
-
-    def take(self) -> list[AttentionInputs]:
-        calls, self._calls = [self._calls[layer] for layer in sorted(self._calls)], {}
-        if not calls:
-            raise ValueError("batches: the model ran no attention layer on the last batch")
-        return calls
-
-
-class _RowSampler:
-    """Draws the query rows that the predictor loss looks at."""
-
-    def __init__(self, count: int | None, seed: int) -> None:
-        self._count = count
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def draw(self, q_len: int) -> Tensor:
-        if self._count is None or self._count >= q_len:
-            return torch.arange(q_len)
-        return torch.randperm(q_len, generator=self._generator)[: self._count].sort().values
 
 
 @contextmanager

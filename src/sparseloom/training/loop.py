@@ -81,12 +81,14 @@ def run_loop(
     accelerator: Any,
     checkpoint: Path | None,
     progress: bool,
+    before_step: Callable[[int], None] | None = None,
 ) -> list[dict[str, float]]:
     """Run `step` on each batch, step the optimiser, and return what `step` logged.
 
     `groups` are AdamW parameter groups with their own peak `lr`.  With a `checkpoint` file the
     loop continues after the last saved step (the batches before it are drawn and dropped, so a
     seeded iterator gives the same run); the file holds `modules`, optimiser and log.
+    `before_step` is called with the number of each step from 0.
     """
     optimiser = torch.optim.AdamW(
         groups, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
@@ -119,6 +121,8 @@ def run_loop(
             rate = settings.rate(index)
             for group, peak in zip(optimiser.param_groups, peaks, strict=True):
                 group["lr"] = peak * rate
+            if before_step is not None:
+                before_step(index)
             with accelerator.autocast():
                 loss, values = step(
                     {key: tensor.to(accelerator.device) for key, tensor in batch.items()}
