@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -212,7 +213,8 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     out, results = arguments.pop("out"), arguments.pop("results")
     if arguments.pop("table"):
-        print("\n".join(table([row.model_dump() for row in read_results(results).rows])))
+        lines = table([row.model_dump() for row in read_results(results).rows])
+        sys.stdout.write("\n".join(lines) + "\n")
         return
     rows = run_study(Study(**arguments), out)
     write_results(results, rows, command="python -m sparseloom.experiments.predictors")
