@@ -130,9 +130,9 @@ def run_study(study: Study, out: Path) -> list[dict[str, Any]]:
 
     def score(label: str, method: Method) -> None:
         file = out / f"score-{slug(label)}.json"
-        limits = {"limit": study.windows, "probe": study.probe}
-        scores[label] = scored(file, task, base, method, **limits)
-        more[label] = {"prediction_macs_share": scores[label]["prediction_macs_share"]}
+        found = scored(file, task, base, method, limit=study.windows, probe=study.probe)
+        scores[label] = found
+        more[label] = {"prediction_macs_share": found["prediction_macs_share"]}
 
     for label, method in untrained(study).items():
         score(label, method)
