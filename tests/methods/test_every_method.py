@@ -15,11 +15,16 @@ from sparseloom.methods import (
     Attender,
     AttentionGate,
     AttentionInputs,
+    BigBird,
+    BlockLocal,
     Dense,
     DynamicSparse,
+    Fixed,
     Learned,
     LightningIndexer,
+    LinearAttention,
     Linformer,
+    Longformer,
     Method,
     MethodShape,
     Oracle,
@@ -28,11 +33,15 @@ from sparseloom.methods import (
     RandomMask,
     Reformer,
     Selector,
+    Sinkhorn,
     SlidingWindow,
+    Strided,
+    Synthesizer,
     format_method,
     method_names,
     parse_method,
 )
+from sparseloom.methods.static import StaticPattern
 
 HEADS, HEAD_DIM, HIDDEN = 2, 8, 24
 PREDICTOR = Predictor.for_shape(
@@ -95,6 +104,15 @@ EXAMPLES: dict[str, list[Method]] = {
         SlidingWindow(sparsity=0.7, growing=True, minimum_keys=3),
     ],
     "random": [RandomMask(sparsity=0.8, seed=3), RandomMask(minimum_keys=1)],
+    "blocklocal": [BlockLocal(block=6), BlockLocal(blocks=3)],
+    "strided": [Strided(stride=5), Strided(stride=2, block=3, parts="heads", global_tokens=1)],
+    "fixed": [Fixed(stride=6, columns=2), Fixed(stride=4, columns=1, parts="layers")],
+    "longformer": [
+        Longformer(window=4),
+        Longformer(window=2, block=4, global_tokens=0),
+        Longformer(window=4, dilation=2),
+    ],
+    "bigbird": [BigBird(block=2), BigBird(block=3, random_blocks=1, seed=4)],
     "linformer": [
         Linformer(rank=6).initialise(SHAPE),
         Linformer(rank=40, share_kv=True).initialise(SHAPE),
@@ -108,6 +126,17 @@ EXAMPLES: dict[str, list[Method]] = {
         Reformer(rounds=2, bucket_size=4).initialise(SHAPE),
         Reformer(rounds=1, buckets=4).initialise(SHAPE),
     ],
+    "sinkhorn": [
+        Sinkhorn(block=4).initialise(SHAPE),
+        Sinkhorn(block=6, iterations=0, joint=True, temperature=1.0).initialise(SHAPE),
+    ],
+    "synthesizer": [
+        Synthesizer(rank=3).initialise(SHAPE),
+        Synthesizer(variant="random").initialise(SHAPE),
+        Synthesizer(variant="dense").initialise(SHAPE),
+        Synthesizer(variant="factorized_dense").initialise(SHAPE),
+    ],
+    "linear": [LinearAttention(), LinearAttention(epsilon=0.0)],
 }
 CASES = [
     pytest.param(method, id=format_method(method))
@@ -116,7 +145,7 @@ CASES = [
 ]
 SELECTORS = [case for case in CASES if isinstance(case.values[0], Selector)]
 ATTENDERS = [case for case in CASES if isinstance(case.values[0], Attender)]
-NOT_CAUSAL = ("linformer",)
+NOT_CAUSAL = ("linformer", "sinkhorn")
 
 
 def inputs_of(
@@ -210,7 +239,7 @@ def test_cost_rule_and_costs(method: Method) -> None:
     assert method.prediction_macs(shape) >= 0
     assert not method.worthwhile(1, 1) or isinstance(method, Oracle)
     dropped = getattr(method, "sparsity", None) or getattr(method, "width", None)
-    dropped = dropped or getattr(method, "threshold", None)
+    dropped = dropped or getattr(method, "threshold", None) or isinstance(method, StaticPattern)
     assert method.worthwhile(4096, 4096) == bool(dropped)
     state = method.new_state(0)
     assert (state is not None) == method.owns_cache_state
@@ -343,6 +372,10 @@ def test_shape_counts_the_allowed_pairs() -> None:
         ("window:width=4,growing=true", "width must be none for a growing window, got 4"),
         ("performer:kernel=elu", "kernel must be one of 'softmax', 'relu', got 'elu'"),
         ("reformer:buckets=5", "buckets must be an even number of at least 2, got 5"),
+        ("fixed:stride=4,columns=5", "columns must be at most the stride of 4, got 5"),
+        ("bigbird:window=2", "window must be an odd number of blocks, got 2"),
+        ("sinkhorn:temperature=0", "temperature must be positive, got 0.0"),
+        ("linear:epsilon=-1", "epsilon must be 0 or more, got -1.0"),
         ("random:seed=-1", "seed must be an integer of at least 0, got -1"),
     ],
 )

@@ -22,6 +22,17 @@ METHODS = [
     "performer",
     "performer:kernel=relu,features=0",
     "reformer:rounds=2,bucket_size=8",
+    "sinkhorn:block=6",
+    "synthesizer:rank=4",
+    "synthesizer:variant=random",
+    "synthesizer:variant=dense",
+    "synthesizer:variant=factorized_dense",
+    "linear",
+    "blocklocal:block=6",
+    "fixed:stride=6,columns=2",
+    "strided:stride=5",
+    "longformer:window=6",
+    "bigbird:block=4,random_blocks=1",
 ]
 
 
@@ -84,7 +95,7 @@ def test_it_learns_in_a_model_and_is_stored_with_it(text: str, tmp_path: Path) -
         assert row["dense_macs"] == shape[0] // 2 * 4 * (24 * 24 + 24 * 20) * 2 * 8
 
 
-@pytest.mark.parametrize("text", [text for text in METHODS if "linformer" in text][:1])
+@pytest.mark.parametrize("text", ["linformer:rank=8", "sinkhorn:block=6"])
 def test_methods_without_a_causal_form_refuse_causal_models(text: str) -> None:
     model = llama()
     method = ready(text, model)
@@ -108,7 +119,21 @@ def llama() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("text", ["performer:features=16", "performer:kernel=relu,features=0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "performer:features=16",
+        "performer:kernel=relu,features=0",
+        "linear",
+        "synthesizer",
+        "synthesizer:variant=factorized_dense",
+        "longformer:window=4",
+        "bigbird:block=2",
+        "strided:stride=3,block=2",
+        "fixed:stride=3,columns=1,parts=heads",
+        "blocklocal:block=3,shifts=0x1",
+    ],
+)
 def test_causal_forms_generate_with_a_cache_as_without(text: str) -> None:
     model = llama()
     method = ready(text, model)

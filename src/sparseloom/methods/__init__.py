@@ -1,5 +1,6 @@
 """Methods: what chooses the pairs that are computed, and how they are named and stored."""
 
+from sparseloom.methods.arena import ARENA
 from sparseloom.methods.base import (
     Attender,
     AttentionInputs,
@@ -11,12 +12,16 @@ from sparseloom.methods.base import (
     Survivors,
     Work,
 )
+from sparseloom.methods.bigbird import BigBird
+from sparseloom.methods.blocklocal import BlockLocal
 from sparseloom.methods.dense import Dense
 from sparseloom.methods.dynamic import DynamicSparse
 from sparseloom.methods.gate import AttentionGate
 from sparseloom.methods.indexer import LightningIndexer
 from sparseloom.methods.learned import Learned, MethodShape, Predicting
+from sparseloom.methods.linear import LinearAttention
 from sparseloom.methods.linformer import Linformer
+from sparseloom.methods.longformer import Longformer
 from sparseloom.methods.oracle import Oracle
 from sparseloom.methods.performer import Performer
 from sparseloom.methods.predictor import LayerPredictor, Predictor, PredictorKeys
@@ -25,22 +30,31 @@ from sparseloom.methods.random_mask import RandomMask
 from sparseloom.methods.reformer import Reformer
 from sparseloom.methods.registry import METHODS, format_method, method_names, parse_method
 from sparseloom.methods.selection import budgets, threshold_mask, topk_mask
+from sparseloom.methods.sinkhorn import Sinkhorn
+from sparseloom.methods.sparse_transformer import Fixed, Strided
+from sparseloom.methods.synthesizer import Synthesizer
 from sparseloom.methods.thresholds import calibrate_thresholds
 from sparseloom.methods.window import SlidingWindow
 
 __all__ = [
+    "ARENA",
     "METHODS",
     "Attender",
     "AttentionGate",
     "AttentionInputs",
     "AttentionShape",
+    "BigBird",
+    "BlockLocal",
     "Dense",
     "DynamicSparse",
+    "Fixed",
     "LayerPredictor",
     "LayerState",
     "Learned",
     "LightningIndexer",
+    "LinearAttention",
     "Linformer",
+    "Longformer",
     "Method",
     "MethodShape",
     "Oracle",
@@ -52,8 +66,11 @@ __all__ = [
     "RandomMask",
     "Reformer",
     "Selector",
+    "Sinkhorn",
     "SlidingWindow",
+    "Strided",
     "Survivors",
+    "Synthesizer",
     "Work",
     "budgets",
     "calibrate_thresholds",

@@ -45,12 +45,12 @@ class RandomMask(Selector):
         _, heads, q_len, _ = inputs.query.shape
         kv_len, device = inputs.key.shape[2], inputs.query.device
         batch = 1 if inputs.key_padding is None else inputs.key_padding.shape[0]
-        head = _mix(torch.arange(heads, device=device) + _mix_int(self.seed, inputs.layer))
+        head = mix(torch.arange(heads, device=device) + mix_int(self.seed, inputs.layer))
 
         def rows(start: int, stop: int, keys: int) -> Tensor:
             position = torch.arange(start, stop, device=device) + (kv_len - q_len)
-            row = _mix(head[:, None] + position)  # (H, R)
-            drawn = _mix(row[..., None] + torch.arange(keys, device=device))  # (H, R, K)
+            row = mix(head[:, None] + position)  # (H, R)
+            drawn = mix(row[..., None] + torch.arange(keys, device=device))  # (H, R, K)
             return (drawn >> 8).float().expand(batch, -1, -1, -1)  # 24 bits: exact in fp32
 
         return topk_mask(
@@ -67,7 +67,7 @@ class RandomMask(Selector):
         return not keeps_all(kv_len, self.sparsity, self.minimum_keys)
 
 
-def _mix(value: Tensor) -> Tensor:
+def mix(value: Tensor) -> Tensor:
     """A 32-bit integer hash (xorshift-multiply), in int64 that never overflows."""
     value = value & _WORD
     value = ((value ^ (value >> 16)) * 0x21F0AAAD) & _WORD
@@ -75,5 +75,6 @@ def _mix(value: Tensor) -> Tensor:
     return value ^ (value >> 15)
 
 
-def _mix_int(seed: int, layer: int) -> Tensor:
-    return _mix(_mix(torch.tensor(seed)) + layer)
+def mix_int(seed: int, layer: int) -> Tensor:
+    """A hash of a seed and a layer's number."""
+    return mix(mix(torch.tensor(seed)) + layer)

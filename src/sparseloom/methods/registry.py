@@ -8,16 +8,23 @@ from typing import Any
 
 from sparseloom.errors import unknown_name
 from sparseloom.methods.base import Method
+from sparseloom.methods.bigbird import BigBird
+from sparseloom.methods.blocklocal import BlockLocal
 from sparseloom.methods.dense import Dense
 from sparseloom.methods.dynamic import DynamicSparse
 from sparseloom.methods.gate import AttentionGate
 from sparseloom.methods.indexer import LightningIndexer
+from sparseloom.methods.linear import LinearAttention
 from sparseloom.methods.linformer import Linformer
+from sparseloom.methods.longformer import Longformer
 from sparseloom.methods.oracle import Oracle
 from sparseloom.methods.performer import Performer
 from sparseloom.methods.random_mask import RandomMask
 from sparseloom.methods.reformer import Reformer
 from sparseloom.methods.settings import coerce_value, format_value, parse_value, setting_hints
+from sparseloom.methods.sinkhorn import Sinkhorn
+from sparseloom.methods.sparse_transformer import Fixed, Strided
+from sparseloom.methods.synthesizer import Synthesizer
 from sparseloom.methods.window import SlidingWindow
 
 METHODS: dict[str, type[Method]] = {
@@ -30,9 +37,17 @@ METHODS: dict[str, type[Method]] = {
         LightningIndexer,
         SlidingWindow,
         RandomMask,
+        BlockLocal,
+        Strided,
+        Fixed,
+        Longformer,
+        BigBird,
         Linformer,
         Performer,
         Reformer,
+        Sinkhorn,
+        Synthesizer,
+        LinearAttention,
     )
 }
 """Tag → class.  A new method is listed here once; text, JSON and the test matrix follow."""
