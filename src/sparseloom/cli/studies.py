@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from sparseloom.cli.options import Data, Json, command_line
 from sparseloom.cli.output import Column, Row, emit, number, progress_console, value
+
+if TYPE_CHECKING:
+    from sparseloom.experiments.reproduce import Table
+    from sparseloom.results import ResultsFile
 
 
 def reproduce(
@@ -28,13 +32,22 @@ def reproduce(
     out: Annotated[
         Path | None, typer.Option("--out", help="Also write the results to this file.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Also draw a page of figures to this file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Published numbers beside ours, the difference, and what is not modelled.
 
     Without a table, those whose stored runs are not there are left out, and named.
     """
-    from sparseloom.experiments.reproduce import SIZES, Request, find_tables, missing_files
+    from sparseloom.experiments.reproduce import (
+        SIZES,
+        Request,
+        find_tables,
+        is_stored,
+        missing_files,
+    )
     from sparseloom.experiments.reproduce import reproduce as make
     from sparseloom.results import results, write_results
 
@@ -54,7 +67,7 @@ def reproduce(
     rows: list[Row] = []
     for one in chosen:
         absent = [] if run else missing_files(one, stored)
-        if absent and len(absent) == len(one.studies) and len(chosen) > 1:
+        if not run and not is_stored(one, stored) and len(chosen) > 1:
             progress.print(f"left out: {one.name}, which needs {' or '.join(absent)} in {stored}")
             continue
         rows += make(one, run=run, request=request, results=stored, command=command_line())
@@ -63,6 +76,8 @@ def reproduce(
     found = results(rows, command=command_line())
     if out is not None:
         write_results(out, found)
+    if html is not None:
+        _draw(html, chosen, stored, found)
     columns: list[Column] = [
         ("table", value("table")),
         ("quantity", value("quantity")),
@@ -75,6 +90,24 @@ def reproduce(
     said = dict.fromkeys(str(line) for row in rows for line in row.get("assumptions") or [])
     said |= dict.fromkeys(str(row["note"]) for row in rows if row.get("note"))
     emit(found, as_json=as_json, columns=columns, notes=["", *(f"- {line}" for line in said)])
+
+
+def _draw(page: Path, tables: Sequence[Table], stored: Path, found: ResultsFile) -> None:
+    """The page of those tables that can be drawn and have what they need."""
+    from sparseloom.experiments.reproduce import is_stored, stored_rows
+    from sparseloom.report.reproduce import write_reproduce_page
+
+    drawn = [one for one in tables if one.pictures is not None]
+    sections = [
+        section
+        for one in drawn
+        if one.pictures is not None and is_stored(one, stored)
+        for section in one.pictures(stored_rows(one, stored) if one.studies else [])
+    ]
+    if not sections:
+        names = ", ".join(one.name for one in tables)
+        raise ValueError(f"--html: nothing to draw for {names}")
+    write_reproduce_page(page, found, title=f"{tables[0].paper} beside ours", sections=sections)
 
 
 def _three(key: str) -> Callable[[Row], object]:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,22 @@ def peak_bytes(case: AttentionCase, contender: str, seed: int = 0) -> int | None
     return json.loads(done.stdout)
 
 
+def memory_of_call(run: Callable[[], object]) -> int | None:
+    """Bytes of physical memory that `run` takes at its peak above what was there before it; None
+    where the system does not tell.
+
+    Memory that the C library keeps from earlier calls hides in what was there before: start the
+    process with MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=0.
+    """
+    if not _REFERENCES.exists():
+        return None
+    _REFERENCES.write_text("5", "ascii")  # the peak starts anew
+    before = _status("VmRSS")
+    result = run()
+    del result
+    return max(0, _status("VmHWM") - before)
+
+
 def _measure(question: dict[str, Any]) -> int:
     import torch
 
@@ -57,7 +74,7 @@ def _measure(question: dict[str, Any]) -> int:
     fields["block_size"] = tuple(fields["block_size"])
     case, name, seed = AttentionCase(**fields), question["contender"], question["seed"]
     small = dataclasses.replace(case, q_len=64, kv_len=64)
-    before = 0
+    peak: int | None = None
     for one in (small, case):
         found, refused = contenders_of(
             one, mask_of(one, seed), [name.split()[0]], seed, only=name, warm=False
@@ -65,12 +82,8 @@ def _measure(question: dict[str, Any]) -> int:
         if name not in found:
             raise ValueError(refused.get(name, f"no contender {name!r}"))
         with torch.inference_mode(not one.gradients):
-            if one is case:
-                _REFERENCES.write_text("5", "ascii")  # the peak starts anew
-                before = _status("VmRSS")
-            result = found[name].run()
-    del result
-    return _status("VmHWM") - before
+            peak = memory_of_call(found[name].run)
+    return peak or 0
 
 
 def _status(field: str) -> int:

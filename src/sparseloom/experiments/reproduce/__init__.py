@@ -1,7 +1,8 @@
 """Published tables beside ours: one module per paper, one function per table or figure.
 
 A paper's module has `TABLES`, functions by table.  A table that rests on long runs is listed in
-`STUDIES`, too, with the stored runs that it reads; its function takes their rows.
+`STUDIES`, too, with the stored runs that it reads; its function takes their rows.  One that can be
+drawn is listed in `PICTURES`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sparseloom.errors import unknown_name
+
+if TYPE_CHECKING:
+    from sparseloom.report.html import Section
 
 __all__ = ["PAPERS", "Request", "Study", "Table", "find_tables", "reproduce"]
 
@@ -66,12 +70,16 @@ class Study:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One table or figure of a paper, and the studies that it rests on."""
+    """One table or figure of a paper, the studies that it rests on, and how it is drawn.
+
+    `pictures` takes the rows of the studies.
+    """
 
     paper: str
     name: str
     function: Callable[..., list[Row]]
     studies: tuple[Study, ...] = field(default=())
+    pictures: Callable[[list[Row]], list[Section]] | None = None
 
     @property
     def title(self) -> str:
@@ -92,8 +100,12 @@ def find_tables(paper: str | None = None, name: str | None = None) -> list[Table
     for one in PAPERS if paper is None else (paper,):
         module = import_module(f"{__name__}.{PAPERS[one]}")
         studies: dict[str, tuple[Study, ...]] = getattr(module, "STUDIES", {})
+        pictures: dict[str, Any] = getattr(module, "PICTURES", {})
         tables: dict[str, Callable[..., list[Row]]] = module.TABLES
-        found += [Table(one, table, make, studies.get(table, ())) for table, make in tables.items()]
+        found += [
+            Table(one, table, make, studies.get(table, ()), pictures.get(table))
+            for table, make in tables.items()
+        ]
     if name is not None and name not in [table.name for table in found]:
         raise unknown_name("table", name, [table.name for table in found])
     return [table for table in found if name in (None, table.name)]
@@ -155,6 +167,11 @@ def stored_rows(table: Table, results: Path) -> list[Row]:
 def missing_files(table: Table, results: Path) -> Sequence[str]:
     """Files of studies that a table would use, too, if they were there."""
     return [study.file for study in table.studies if not (results / study.file).is_file()]
+
+
+def is_stored(table: Table, results: Path) -> bool:
+    """Whether the table has what it needs: no study, or one that is stored."""
+    return not table.studies or len(missing_files(table, results)) < len(table.studies)
 
 
 def _run(table: Table, request: Request, results: Path, command: str | None) -> None:
