@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,14 +32,16 @@ def test_cells_show_the_largest_probability_and_the_share_of_kept_pairs() -> Non
 
 def test_grid_has_one_map_per_head_and_input() -> None:
     maps = [[np.eye(8), np.eye(8), np.eye(8)] for _ in range(2)]
-    figure = head_grid(maps, rows=["a", "b"], columns=["x", "y", "z"], probabilities=True)
+    figure: Any = head_grid(maps, rows=["a", "b"], columns=["x", "y", "z"], probabilities=True)
     assert len(figure.data) == 6
 
 
 def test_bars_and_lines() -> None:
-    figure = bars({"one": {"a": 1.0, "b": 2.0}, "two": {"a": 3.0}}, title="ms")
+    figure: Any = bars({"one": {"a": 1.0, "b": 2.0}, "two": {"a": 3.0}}, title="ms")
     assert [tuple(trace.y) for trace in figure.data] == [(1.0, 2.0), (3.0,)]
-    curve = lines({"a": [(2.0, 1.0), (1.0, 5.0)]}, x_title="x", y_title="y", rule=(1.0, "dense"))
+    curve: Any = lines(
+        {"a": [(2.0, 1.0), (1.0, 5.0)]}, x_title="x", y_title="y", rule=(1.0, "dense")
+    )
     assert tuple(curve.data[0].x) == (1.0, 2.0)
     assert curve.layout.shapes[0].y0 == 1.0
 

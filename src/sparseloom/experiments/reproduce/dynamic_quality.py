@@ -293,7 +293,7 @@ def _accuracy(
 
 def _points(table: str, name: str, one: Row, published: str) -> Row:
     """Points over the dense control, paired over the test items."""
-    low, high = one["loss_interval95"]
+    high, low = (0.0 - 100 * bound for bound in one["loss_interval95"])
     return row(
         PAPER,
         table,
@@ -302,7 +302,7 @@ def _points(table: str, name: str, one: Row, published: str) -> Row:
         -100 * one["loss"],
         basis="scenario",
         assumptions=_setting(one),
-        note=f"{one['items']} test items, 95 % interval {-100 * high:+.2f} to {-100 * low:+.2f}",
+        note=f"{one['items']} test items, 95 % interval {low:+.2f} to {high:+.2f}",
     )
 
 
