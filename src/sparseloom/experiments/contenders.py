@@ -106,6 +106,8 @@ def scored(
         "value": score.value,
         "per_item": [float(x) for x in score.per_item],
         "density": sum(x["kept_pairs"] for x in layers) / sum(x["allowed_pairs"] for x in layers),
+        "macs": sum(x["attention_macs"] + x["prediction_macs"] for x in layers)
+        / len(score.per_item),
         "prediction_macs_share": sum(x["prediction_macs"] for x in layers)
         / sum(x["dense_macs"] for x in layers),
         "accuracy": quality,
@@ -152,6 +154,7 @@ def rows_against(study: Against, scores: Mapping[str, dict[str, Any]]) -> list[d
                 "settings": entry["settings"],
                 "sparsity": entry["settings"].get("sparsity"),
                 "density": entry["density"],
+                **({"macs": entry["macs"]} if "macs" in entry else {}),  # not in older scores
                 "metric": study.task.metric,
                 "value": entry["value"],
                 "dense_value": theirs["value"],

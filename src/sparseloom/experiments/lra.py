@@ -135,7 +135,6 @@ class Runner:
         wanted = list(contenders or contenders_of(self.study))
         if wanted[0].name != CONTROL:
             raise ValueError(f"contenders must begin with {CONTROL!r}, got {wanted[0].name!r}")
-        self._vanilla()
         scores: dict[str, dict[str, Any]] = {}
         shared = Against(
             f"lra-{self.study.task} {self.study.size}", self.task, CONTROL, self.study.seed

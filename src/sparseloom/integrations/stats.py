@@ -28,7 +28,8 @@ class LayerStats(TypedDict):
             mask leaves a pair out: density is 1, and the saving shows in `attention_macs`.
         kept_pairs, allowed_pairs: (query, key) pairs over batch and query heads.
         attention_macs, dense_macs: multiply-accumulates of Q·Kᵀ and P·V over the kept, and over
-            the allowed pairs; of a method that replaces attention, its own count (`macs`).
+            the allowed pairs; of a method that replaces attention, its own count (`macs`), which
+            includes padding.
         prediction_macs: multiply-accumulates spent on choosing.
         bytes: least memory traffic of the calls: queries and outputs once, of each key/value head
             as many keys and values as can have been kept, and the mask's index lists.
