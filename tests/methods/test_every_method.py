@@ -35,6 +35,7 @@ from sparseloom.methods import (
     Selector,
     Sinkhorn,
     SlidingWindow,
+    SpAtten,
     Strided,
     Synthesizer,
     format_method,
@@ -137,6 +138,11 @@ EXAMPLES: dict[str, list[Method]] = {
         Synthesizer(variant="factorized_dense").initialise(SHAPE),
     ],
     "linear": [LinearAttention(), LinearAttention(epsilon=0.0)],
+    "spatten": [
+        SpAtten(),
+        SpAtten(token_keep=(1.0, 0.5), head_keep=None, value_keep=0.3, key_bits=(8, 4)),
+        SpAtten(token_keep=None, granularity="head", keep_first=False, reference_length=64),
+    ],
 }
 CASES = [
     pytest.param(method, id=format_method(method))
@@ -376,6 +382,10 @@ def test_shape_counts_the_allowed_pairs() -> None:
         ("bigbird:window=2", "window must be an odd number of blocks, got 2"),
         ("sinkhorn:temperature=0", "temperature must be positive, got 0.0"),
         ("linear:epsilon=-1", "epsilon must be 0 or more, got -1.0"),
+        ("spatten:token_keep=some", "token_keep must be a number or a list or none, got 'some'"),
+        ("spatten:head_keep=0.5x0.9", "head_keep must not rise from layer to layer"),
+        ("spatten:granularity=token", "granularity must be one of 'layer', 'head', got 'token'"),
+        ("spatten:value_keep=0", r"value_keep must be in \(0, 1\], got 0.0"),
         ("random:seed=-1", "seed must be an integer of at least 0, got -1"),
     ],
 )

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from sparseloom.hardware.config import MachineError
 from sparseloom.hardware.units.numerics import Datapath, Head, attention_head
+from sparseloom.schedules import HEAD_FRONT, TOKEN_FRONT, kept_counts, ratio_schedule
 from sparseloom.trace import AttentionCall, MaskArrays, Operator, Selection, Trace
-from sparseloom.trace.schedules import HEAD_FRONT, TOKEN_FRONT, kept_counts, ratio_schedule
 
 Bools = NDArray[np.bool_]
 Scores = NDArray[np.float64]

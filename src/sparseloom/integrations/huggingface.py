@@ -8,10 +8,10 @@ embeddings, cache layer), because transformers passes none of these to attention
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import MethodType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -26,10 +26,14 @@ from sparseloom.integrations.call import (
     attention_function,
     capture,
 )
-from sparseloom.integrations.describe import attention_modules, config_of
+from sparseloom.integrations.describe import attention_modules, config_of, describe
 from sparseloom.integrations.stats import LayerStats
 from sparseloom.kernels.ops import BACKENDS
-from sparseloom.methods.base import Method, Pruner
+from sparseloom.methods import SpAtten
+from sparseloom.methods.base import Method, Pruner, Survivors
+
+if TYPE_CHECKING:
+    from sparseloom.integrations.shortening import Shortening
 
 NAME = "sparseloom"
 """The name of our functions in transformers' registries."""
@@ -59,7 +63,8 @@ def sparsify(
     attention interface (BERT, RoBERTa, DistilBERT, GPT-2, Llama, Mistral, Qwen …; of transformers
     4.x BERT and RoBERTa too), padding on either side, grouped-query attention, batches, greedy
     and beam search with the dynamic cache, training with attention dropout and with gradient
-    checkpointing.
+    checkpointing.  `SpAtten` shortens BERT, RoBERTa and DistilBERT; gradient checkpointing and
+    hidden states of all layers are not supported with it.
 
     Args:
         model: a Hugging Face model; restored exactly on exit, also after an exception.
@@ -100,9 +105,12 @@ class Sparsified:
         self.method = session.method
         self._session = session
         self._undo: ExitStack | None = None
+        self._shortening: Shortening | None = None
 
     def __enter__(self) -> Sparsified:
         modules = attention_modules(self.model)
+        if isinstance(self.method, Pruner):
+            return self._enter_pruning(modules)
         legacy = [module for module in modules if _compat.has_bert_layout(module)]
         if not _compat.follows_interface(self.model) and len(legacy) != len(modules):
             raise NotImplementedError(
@@ -110,11 +118,7 @@ class Sparsified:
                 f"transformers {_compat.VERSION}, so its attention cannot be replaced"
                 f"{' (a newer transformers may help)' if _compat.MAJOR < 5 else ''}"
             )
-        if any(module in SITES for module in modules):
-            raise RuntimeError(
-                f"model: this {type(self.model).__name__} is sparsified already; leave the outer "
-                "block first"
-            )
+        self._refuse_nesting(modules)
         _compat.register(NAME, attention_function, padding.mask_function)
         with ExitStack() as undo:
             for layer, module in enumerate(modules):
@@ -124,15 +128,48 @@ class Sparsified:
                 undo.callback(hook.remove)
             for module in legacy:
                 undo.callback(_replace_forward(module))
-            for module in self.model.modules():
-                if hasattr(module, "_supports_attention_backend"):  # it and models inside it
-                    hook = module.register_forward_pre_hook(_refuse_outputs, with_kwargs=True)
-                    undo.callback(hook.remove)
+            undo.enter_context(_before_models(self.model, _refuse_outputs))
             if not legacy:
                 for config in _configs(self.model):
                     undo.callback(_select(config))
             self._undo = undo.pop_all()
         return self
+
+    def _enter_pruning(self, modules: list[nn.Module]) -> Sparsified:
+        """Run an encoder on what its method leaves of the sequence."""
+        from sparseloom.integrations.shortening import Shortening
+
+        if describe(self.model).is_causal:
+            raise NotImplementedError(
+                f"method: {self.method.name} prunes encoders; generation with decoders "
+                f"({type(self.model).__name__}) is not supported yet"
+            )
+        if not isinstance(self.method, SpAtten):
+            raise NotImplementedError(
+                f"method: {self.method.name} prunes caches, and {type(self.model).__name__} has none"
+            )
+        self._refuse_nesting(modules)
+        self._shortening = Shortening(self.model, modules, self._session)
+        _compat.register(NAME, attention_function, padding.mask_function)
+        with ExitStack() as undo:
+            for layer, module in enumerate(modules):
+                SITES[module] = Site(self._session, layer)
+                undo.callback(SITES.pop, module, None)
+                undo.callback(self._shortening.attach(layer))
+            undo.enter_context(_before_models(self.model, _refuse_outputs))
+            undo.enter_context(_before_models(self.model, _refuse_hidden_states))
+            if _compat.follows_interface(self.model):  # so that masks are padding alone
+                for config in _configs(self.model):
+                    undo.callback(_select(config))
+            self._undo = undo.pop_all()
+        return self
+
+    def _refuse_nesting(self, modules: list[nn.Module]) -> None:
+        if any(module in SITES for module in modules):
+            raise RuntimeError(
+                f"model: this {type(self.model).__name__} is sparsified already; leave the outer "
+                "block first"
+            )
 
     def __exit__(
         self,
@@ -157,6 +194,19 @@ class Sparsified:
         name = str(self.method)
         return [counts.row(layer, name) for layer, counts in sorted(self._session.counts.items())]
 
+    def survivors(self) -> list[Survivors]:
+        """Of each layer, the tokens and heads in its attention in the last forward pass.
+
+        `tokens` is (batch, input length), `heads` (batch, heads); padding is never alive.
+
+        Raises:
+            RuntimeError: the method prunes nothing, or no pass has run.
+        """
+        last = None if self._shortening is None else self._shortening.last_pass
+        if last is None:
+            raise RuntimeError(f"{self.method.name}: no forward pass with pruning has run")
+        return list(last.seen)
+
     def reset(self) -> None:
         """Start counting anew."""
         self._session.counts.clear()
@@ -171,8 +221,6 @@ def _one_method(method: Method | Sequence[Method]) -> Method:
         raise NotImplementedError(
             f"method: {len(methods)} methods cannot be composed yet, give exactly one"
         )
-    if isinstance(methods[0], Pruner):
-        raise NotImplementedError(f"method: pruning ({methods[0].name}) is not supported yet")
     return methods[0]
 
 
@@ -217,6 +265,25 @@ def _replace_forward(module: nn.Module) -> Callable[[], None]:
             own["forward"] = before
 
     return take_back
+
+
+@contextmanager
+def _before_models(model: nn.Module, hook: Callable[..., None]) -> Generator[None]:
+    """Run a hook before the forward of the model and of models inside it."""
+    with ExitStack() as undo:
+        for module in model.modules():
+            if hasattr(module, "_supports_attention_backend"):
+                undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def _refuse_hidden_states(module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+    config = getattr(module, "config", None)
+    if kwargs.get("output_hidden_states") or getattr(config, "output_hidden_states", False):
+        raise NotImplementedError(
+            "output_hidden_states: layers of a pruned model see fewer and fewer tokens; see "
+            "survivors() of sparsify for which"
+        )
 
 
 def _refuse_outputs(module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
@@ -20,8 +21,8 @@ class LayerStats(TypedDict):
     Attributes:
         layer: its number.
         method: short form of the method.
-        ran: "sparse", "dense" or "replaced" (by a method that computes attention in another way):
-            what the calls did ("sparse" if any did).
+        ran: "sparse", "dense", "replaced" (by a method that computes attention in another way) or
+            "pruned" (on what is left of the sequence): what the calls did ("sparse" if any did).
         backend: the kernel that ran last.
         calls, dense_calls: attention calls, and those of them that the method ran dense.
         density: kept over allowed pairs (`SparseMask.density`).  Where attention is replaced no
@@ -37,6 +38,12 @@ class LayerStats(TypedDict):
             calls of: pairs shared with the exact top-k of the same size, probability kept, and
             probability that exact top-k keeps; means over heads, too.
         …_by_head: the same three, head by head.
+        tokens, tokens_alive, tokens_after: of a method that prunes, tokens that are not padding,
+            those of them in this layer's attention, and those that went on from it (its output
+            projection and feed-forward), over all sequences.  Density and `dense_macs` are
+            relative to the whole sequences.
+        heads, heads_alive, heads_after: the same for heads, one count per sequence.
+        linear_macs, dense_linear_macs: multiply-accumulates of projections and feed-forward.
     """
 
     layer: int
@@ -58,6 +65,51 @@ class LayerStats(TypedDict):
     prediction_overlap_by_head: NotRequired[list[float]]
     retained_mass_by_head: NotRequired[list[float]]
     oracle_mass_by_head: NotRequired[list[float]]
+    tokens: NotRequired[int]
+    tokens_alive: NotRequired[int]
+    tokens_after: NotRequired[int]
+    heads: NotRequired[int]
+    heads_alive: NotRequired[int]
+    heads_after: NotRequired[int]
+    linear_macs: NotRequired[int]
+    dense_linear_macs: NotRequired[int]
+
+
+@dataclass(frozen=True)
+class PrunedLayer:
+    """One call of a layer of which tokens and heads are gone.
+
+    Attributes:
+        width, inner, heads, head_dim: of the layer.
+        element_size: bytes of a number.
+        lengths: tokens of each sequence without padding.
+        tokens, heads_alive: what is left in its attention, per sequence.
+        tokens_after, heads_after: what is left after it.
+    """
+
+    width: int
+    inner: int
+    heads: int
+    head_dim: int
+    element_size: int
+    lengths: Sequence[int]
+    tokens: Sequence[int]
+    tokens_after: Sequence[int]
+    heads_alive: Sequence[int]
+    heads_after: Sequence[int]
+
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """(query, key) pairs computed, and those of the whole sequences."""
+        kept = sum(n * n * h for n, h in zip(self.tokens, self.heads_alive, strict=True))
+        return kept, self.heads * sum(n * n for n in self.lengths)
+
+    def linear_macs(self) -> tuple[int, int]:
+        """Of query, key, value and output projection and the feed-forward: run, and whole."""
+        one, rest = self.width * self.head_dim, 2 * self.width * self.inner
+        each = zip(self.tokens, self.tokens_after, self.heads_alive, strict=True)
+        run = sum(3 * n * h * one + m * (h * one + rest) for n, m, h in each)
+        return run, sum(self.lengths) * (4 * self.heads * one + rest)
 
 
 @dataclass
@@ -75,6 +127,7 @@ class LayerCounts:
     bytes: int = 0
     backend: str = ""
     quality: dict[str, list[Sequence[float]]] = field(default_factory=dict)
+    pruned: Counter[str] = field(default_factory=Counter)
 
     def row(self, layer: int, method: str) -> LayerStats:
         """The counts as a row of statistics."""
@@ -97,11 +150,15 @@ class LayerCounts:
             heads = [sum(values) / len(values) for values in zip(*calls, strict=True)]
             means: Any = {name: sum(heads) / len(heads), f"{name}_by_head": heads}
             row.update(means)
+        pruned: Any = dict(self.pruned)
+        row.update(pruned)
         return row
 
     def _ran(self) -> str:
         if self.replaced:
             return "replaced"
+        if self.pruned:
+            return "pruned"
         return "sparse" if self.calls > self.dense_calls else "dense"
 
     def add(
@@ -142,6 +199,30 @@ class LayerCounts:
         self.bytes += inputs.query.element_size() * (rows + keys) * width
         if mask is not None:
             self.bytes += sum(t.numel() * t.element_size() for t in (mask.indices, mask.offsets))
+
+    def add_pruned(self, call: PrunedLayer, *, backend: str) -> None:
+        """Count one call of a layer of which tokens and heads are gone."""
+        kept, allowed = call.pairs
+        linear, dense_linear = call.linear_macs()
+        self.backend = backend
+        self.calls += 1
+        self.kept += kept
+        self.allowed += allowed
+        self.attention_macs += 2 * kept * call.head_dim
+        self.dense_macs += 2 * allowed * call.head_dim
+        rows = sum(n * h for n, h in zip(call.tokens, call.heads_alive, strict=True))
+        self.bytes += 4 * rows * call.head_dim * call.element_size  # Q, K, V and output once
+        sequences = len(call.lengths)
+        self.pruned.update(
+            tokens=sum(call.lengths),
+            tokens_alive=sum(call.tokens),
+            tokens_after=sum(call.tokens_after),
+            heads=sequences * call.heads,
+            heads_alive=sum(call.heads_alive),
+            heads_after=sum(call.heads_after),
+            linear_macs=linear,
+            dense_linear_macs=dense_linear,
+        )
 
 
 def kept_pairs(

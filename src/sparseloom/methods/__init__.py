@@ -32,6 +32,7 @@ from sparseloom.methods.registry import METHODS, format_method, method_names, pa
 from sparseloom.methods.selection import budgets, threshold_mask, topk_mask
 from sparseloom.methods.sinkhorn import Sinkhorn
 from sparseloom.methods.sparse_transformer import Fixed, Strided
+from sparseloom.methods.spatten import SpAtten
 from sparseloom.methods.synthesizer import Synthesizer
 from sparseloom.methods.thresholds import calibrate_thresholds
 from sparseloom.methods.window import SlidingWindow
@@ -68,6 +69,7 @@ __all__ = [
     "Selector",
     "Sinkhorn",
     "SlidingWindow",
+    "SpAtten",
     "Strided",
     "Survivors",
     "Synthesizer",

@@ -236,7 +236,7 @@ class Survivors(NamedTuple):
     """What stays after pruning; None = everything.  True = stays."""
 
     tokens: Bool[Tensor, "batch kv_len"] | None
-    heads: Bool[Tensor, " heads"] | None
+    heads: Bool[Tensor, "batch heads"] | None
 
 
 class Pruner(Method):
@@ -248,13 +248,16 @@ class Pruner(Method):
         inputs: AttentionInputs,
         key_importance: Float[Tensor, "batch heads kv_len"],
         head_importance: Float[Tensor, "batch heads"],
+        state: Any = None,
     ) -> Survivors:
         """Which tokens and heads later layers still see, from this layer's attention.
 
         Args:
             inputs: the attention call that has just run.
-            key_importance: column sums of the attention probabilities.
-            head_importance: Σ|out| of each head.
+            key_importance: column sums of the attention probabilities, over real queries only.
+            head_importance: Σ|out| of each head, over real queries only.
+            state: what the method remembers of the earlier layers of this pass, if it does; it
+                is brought up to date.
         """
 
 

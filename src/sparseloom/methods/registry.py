@@ -24,6 +24,7 @@ from sparseloom.methods.reformer import Reformer
 from sparseloom.methods.settings import coerce_value, format_value, parse_value, setting_hints
 from sparseloom.methods.sinkhorn import Sinkhorn
 from sparseloom.methods.sparse_transformer import Fixed, Strided
+from sparseloom.methods.spatten import SpAtten
 from sparseloom.methods.synthesizer import Synthesizer
 from sparseloom.methods.window import SlidingWindow
 
@@ -48,6 +49,7 @@ METHODS: dict[str, type[Method]] = {
         Sinkhorn,
         Synthesizer,
         LinearAttention,
+        SpAtten,
     )
 }
 """Tag → class.  A new method is listed here once; text, JSON and the test matrix follow."""

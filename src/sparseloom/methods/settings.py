@@ -42,6 +42,7 @@ def parse_value(name: str, text: str, hint: Any) -> Any:
     inner, optional = _optional(hint)
     if optional and text.lower() == "none":
         return None
+    inner = _one_of(inner, "x" in text)
     if typing.get_origin(inner) is tuple:
         return _parse_tuple(name, text, inner)
     if typing.get_origin(inner) is typing.Literal:
@@ -69,6 +70,7 @@ def coerce_value(name: str, value: object, hint: Any) -> Any:
         return None
     if isinstance(value, str):
         return parse_value(name, value, hint)
+    inner = _one_of(inner, isinstance(value, (list, tuple)))
     if typing.get_origin(inner) is tuple and isinstance(value, (list, tuple)):
         items = _item_hints(name, inner, len(value), value)
         return tuple(coerce_value(name, v, h) for v, h in zip(value, items, strict=True))
@@ -130,9 +132,18 @@ def _optional(hint: Any) -> tuple[Any, bool]:
     """The annotation without None, and whether None was in it."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         members = [member for member in typing.get_args(hint) if member is not type(None)]
-        if len(members) == 1:
-            return members[0], True
+        optional = len(members) < len(typing.get_args(hint))
+        return typing.Union[tuple(members)], optional  # noqa: UP007
     return hint, False
+
+
+def _one_of(hint: Any, is_list: bool) -> Any:
+    """Of "a number or a list of them", the one that the value is; other annotations as they are."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint
+    lists = [kind for kind in typing.get_args(hint) if typing.get_origin(kind) is tuple]
+    plain = [kind for kind in typing.get_args(hint) if typing.get_origin(kind) is not tuple]
+    return (lists if is_list and lists else plain)[0]
 
 
 def _parse_tuple(name: str, text: str, hint: Any) -> tuple[Any, ...]:
@@ -154,7 +165,9 @@ def _item_hints(name: str, hint: Any, length: int, given: object) -> list[Any]:
 
 def _describe(hint: Any) -> str:
     inner, optional = _optional(hint)
-    if typing.get_origin(inner) is tuple:
+    if typing.get_origin(inner) in (typing.Union, types.UnionType):
+        words = " or ".join(_describe(kind) for kind in typing.get_args(inner))
+    elif typing.get_origin(inner) is tuple:
         args = typing.get_args(inner)
         if args[-1] is Ellipsis:
             words = "a list of lists" if typing.get_origin(args[0]) is tuple else "a list"

@@ -20,8 +20,8 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from sparseloom.schedules import HEAD_FRONT, TOKEN_FRONT, kept_counts, ratio_schedule
 from sparseloom.trace.index_models import IndexModel, Uniform, draw_tokens
-from sparseloom.trace.schedules import HEAD_FRONT, TOKEN_FRONT, kept_counts, ratio_schedule
 from sparseloom.trace.schema import (
     AttentionCall,
     ModelShape,

@@ -42,7 +42,7 @@ def ratio_schedule(
         raise ValueError(f"keep must be in (0, 1], got {keep}")
     if not 0 <= front < 1:
         raise ValueError(f"front must be in [0, 1), got {front}")
-    whole = ceil(front * layers - 1e-9)
+    whole = front_layers(layers, front)
     pruned = layers - whole
     fractions = np.ones(layers)
     if keep == 1:
@@ -64,6 +64,11 @@ def ratio_schedule(
         )
     fractions[whole:] -= np.linspace(first, last, pruned)
     return fractions
+
+
+def front_layers(layers: int, front: float) -> int:
+    """⌈front · layers⌉: the layers that the rule leaves alone."""
+    return ceil(front * layers - 1e-9)
 
 
 def kept_counts(fractions: Float[np.ndarray, "layers"], total: int) -> Int64[np.ndarray, "layers"]:

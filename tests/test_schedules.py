@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sparseloom.trace.schedules import kept_counts, ratio_schedule
+from sparseloom.schedules import kept_counts, ratio_schedule
 
 
 def test_twelve_layers_by_hand() -> None:

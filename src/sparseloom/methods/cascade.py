@@ -1,0 +1,129 @@
+"""The state of cascade pruning in one pass: scores of tokens and heads, and who is left.
+
+Wang, Zhang, Han: SpAtten, HPCA 2021, Algorithm 2 and §IV-B: survivors keep their order, and among
+equal scores the first in input order stay.  A sequence that keeps fewer tokens than the longest of
+its batch is padded; padding has no score and takes no place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from sparseloom.methods.base import Survivors
+
+
+class Cascade:
+    """Scores and survivors of one batch, brought up to date layer by layer.
+
+    Attributes:
+        valid: (batch, tokens), the slots that hold a surviving token.
+        positions: (batch, tokens), the input position that each slot holds.
+        tokens: (batch, tokens), importance gathered so far, fp32.
+        heads: (batch, heads), the same of the heads.
+        heads_alive: (batch, heads).
+    """
+
+    def __init__(
+        self,
+        token_counts: Sequence[Sequence[int]],
+        head_counts: Sequence[int],
+        valid: Bool[Tensor, "batch length"],
+        *,
+        keep_first: bool = True,
+        keep_last: bool = False,
+    ) -> None:
+        """Everything that is valid is alive.
+
+        Args:
+            token_counts: per sequence, the tokens that each layer sees.
+            head_counts: heads that each layer sees.
+            valid: the tokens that are not padding.
+            keep_first, keep_last: never prune the first, or the last token of a sequence.
+        """
+        batch, length = valid.shape
+        device, heads = valid.device, max(head_counts)
+        self._token_counts = torch.tensor(token_counts, device=device).T  # (layers, batch)
+        self._head_counts = list(head_counts)
+        self._forced = (keep_first, keep_last)
+        self.valid = valid
+        self.positions = torch.arange(length, device=device).expand(batch, -1)
+        self.tokens = torch.zeros(batch, length, device=device)
+        self.heads = torch.zeros(batch, heads, device=device)
+        self.heads_alive = torch.ones(batch, heads, dtype=torch.bool, device=device)
+
+    def prunes_after(self, layer: int) -> bool:
+        """Whether anything may leave after the attention of this or a later layer."""
+        heads, tokens = self._head_counts, self._token_counts
+        return heads[-1] < heads[layer] or bool((tokens[-1] < tokens[layer]).any())
+
+    def gather(
+        self,
+        key_importance: Float[Tensor, "batch heads tokens"],
+        head_importance: Float[Tensor, "batch heads"],
+    ) -> None:
+        """Add what one layer's attention gave (Algorithm 2); dead heads give nothing."""
+        alive = self.heads_alive.to(key_importance.dtype)
+        self.tokens = self.tokens + torch.einsum("bhn,bh->bn", key_importance, alive).float()
+        self.heads = self.heads + (head_importance * alive).float()
+
+    def rank(self, layer: int) -> Survivors:
+        """Who takes part in `layer`: the highest scores of those alive."""
+        if layer >= len(self._head_counts):
+            return Survivors(None, None)
+        counts = self._token_counts[layer]
+        tokens = None
+        if bool((counts < self.valid.sum(1)).any()):
+            scores = self.tokens.masked_fill(~self.valid, -torch.inf)
+            tokens = top(scores.masked_fill(self._kept_always(), torch.inf), counts) & self.valid
+        heads = None
+        if (count := self._head_counts[layer]) < int(self.heads_alive.sum(1).max()):
+            scores = self.heads.masked_fill(~self.heads_alive, -torch.inf)
+            heads = top(scores, torch.full_like(counts, count)) & self.heads_alive
+        return Survivors(tokens, heads)
+
+    def apply(self, survivors: Survivors) -> Int64[Tensor, "batch kept"] | None:
+        """Let the others go; returns the slots that stay, or None where no slot went."""
+        if survivors.heads is not None:
+            self.heads_alive = survivors.heads
+        if survivors.tokens is None:
+            return None
+        slots, self.valid = slots_of(survivors.tokens)
+        self.positions = self.positions.gather(1, slots)
+        self.tokens = self.tokens.gather(1, slots)
+        return slots
+
+    def _kept_always(self) -> Bool[Tensor, "batch tokens"]:
+        first, last = self._forced
+        forced = torch.zeros_like(self.valid)
+        order = self.valid.int().cumsum(1)  # 1 at the first token of a sequence
+        if first:
+            forced |= self.valid & (order == 1)
+        if last:
+            forced |= self.valid & (order == order[:, -1:])
+        return forced
+
+
+def top(
+    scores: Float[Tensor, "batch items"], counts: Int64[Tensor, " batch"]
+) -> Bool[Tensor, "batch items"]:
+    """The `counts[b]` largest of each row; of equal ones the first (SpAtten, §IV-B, Fig. 9)."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    chosen = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
+    return torch.zeros_like(chosen.expand_as(order)).scatter(1, order, chosen)
+
+
+def slots_of(
+    stays: Bool[Tensor, "batch items"],
+) -> tuple[Int64[Tensor, "batch kept"], Bool[Tensor, "batch kept"]]:
+    """Where each row's chosen items stand, in order, and which entries count.
+
+    Rows are as long as the fullest one (at least 1); what is left over points at other items.
+    """
+    counts = stays.sum(1)
+    longest = max(int(counts.max()), 1)
+    slots = (~stays).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+    return slots, torch.arange(longest, device=stays.device) < counts[:, None]
