@@ -33,6 +33,7 @@ METHODS = [
     "strided:stride=5",
     "longformer:window=6",
     "bigbird:block=4,random_blocks=1",
+    "spatten:token_keep=0.75,head_keep=0.75",
 ]
 
 

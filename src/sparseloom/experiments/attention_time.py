@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sparseloom.kernels import attention
-from sparseloom.methods import Attender, AttentionInputs, Method, Selector
+from sparseloom.methods import Attender, AttentionInputs, Method, Pruner, Selector
 
 
 def attention_contender(method: Method, calls: Sequence[AttentionInputs]) -> Callable[[], None]:
@@ -41,6 +41,7 @@ def attend(method: Method, inputs: AttentionInputs, backend: str = "auto") -> to
         key_padding=inputs.key_padding,
         scale=inputs.scale,
         enable_gqa=inputs.query.shape[1] != inputs.key.shape[1],
+        return_importance=isinstance(method, Pruner),
         backend=backend,
     )
     return out if isinstance(out, torch.Tensor) else out.out

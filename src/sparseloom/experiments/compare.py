@@ -20,6 +20,7 @@ from sparseloom.methods import (
     Dense,
     DynamicSparse,
     Method,
+    Pruner,
     Selector,
     costs,
     parse_method,
@@ -191,7 +192,8 @@ def time_methods(
 
     Attention time is the sum over layers of what the method does from queries, keys, values and
     hidden states to the output: prediction, selection and attention.  Methods select in every
-    call, whatever the cost rule would say: the times are those of what was scored.
+    call, whatever the cost rule would say: the times are those of what was scored.  Of a method
+    that prunes, attention is that over what is left, with the importance that it ranks by.
     """
 
     def forward(method: Method) -> None:
@@ -200,7 +202,12 @@ def time_methods(
 
     say("timing attention")
     attention = interleave(
-        {name: attention_contender(method, calls) for name, method in methods.items()},
+        {
+            name: attention_contender(
+                method, capture(loaded, sample, method) if isinstance(method, Pruner) else calls
+            )
+            for name, method in methods.items()
+        },
         repeats=repeats,
     )
     say("timing the model")  # scoring has warmed it up
@@ -212,8 +219,10 @@ def time_methods(
     return whole, attention
 
 
-def capture(loaded: LoadedModel, sample: Mapping[str, Any]) -> list[AttentionInputs]:
-    """The attention inputs of every layer in one dense forward pass."""
+def capture(
+    loaded: LoadedModel, sample: Mapping[str, Any], method: Method | None = None
+) -> list[AttentionInputs]:
+    """The attention inputs of every layer in one forward pass, dense without a method."""
     calls: list[AttentionInputs] = []
 
     class Keep:
@@ -223,7 +232,7 @@ def capture(loaded: LoadedModel, sample: Mapping[str, Any]) -> list[AttentionInp
             del mask, output
             calls.append(inputs)
 
-    with torch.no_grad(), sparsify(loaded.model, Dense(), observer=Keep()):
+    with torch.no_grad(), sparsify(loaded.model, method or Dense(), observer=Keep()):
         loaded.model(**sample)
     return calls
 
@@ -259,6 +268,8 @@ def _cycles(
     machines: Mapping[str, hardware.Machine],
 ) -> dict[str, int]:
     if not machines:
+        return {}
+    if isinstance(method, Pruner):  # its run cannot be recorded
         return {}
     trace = record(loaded.model, method, sample)
     return {name: machine.simulate(trace).cycles for name, machine in machines.items()}

@@ -146,7 +146,8 @@ class Sparsified:
             )
         if not isinstance(self.method, SpAtten):
             raise NotImplementedError(
-                f"method: {self.method.name} prunes caches, and {type(self.model).__name__} has none"
+                f"method: {self.method.name} prunes caches, and {type(self.model).__name__} has "
+                "none"
             )
         self._refuse_nesting(modules)
         self._shortening = Shortening(self.model, modules, self._session)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from sparseloom.integrations.describe import attention_modules, describe
 from sparseloom.integrations.huggingface import sparsify
 from sparseloom.mask import SparseMask
-from sparseloom.methods.base import AttentionInputs, Method
+from sparseloom.methods.base import AttentionInputs, Method, Pruner
 from sparseloom.trace import (
     AttentionCall,
     MaskArrays,
@@ -66,6 +66,10 @@ def record(
         raise ValueError(f"new_tokens must be 0 or more, got {new_tokens}")
     if new_tokens and not getattr(model, "can_generate", bool)():
         raise ValueError(f"new_tokens must be 0: {type(model).__name__} cannot generate")
+    if isinstance(method, Pruner):
+        raise NotImplementedError(
+            f"method: recording is not supported with {method.name}, whose sequence gets shorter"
+        )
     shape = describe(model)
     recorder = _Recorder(model, method, tensors)
     was_training = model.training

@@ -7,6 +7,7 @@ settings and the counts that follow from them; `cascade` keeps the scores.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -180,5 +181,5 @@ def _check_keep(name: str, keep: Keep) -> None:
         raise ValueError(f"{name} must name at least one share, got ()")
     if any(not 0 < share <= 1 for share in shares):
         raise ValueError(f"{name} must be in (0, 1], got {keep}")
-    if any(later > earlier for earlier, later in zip(shares, shares[1:], strict=False)):
+    if any(later > earlier for earlier, later in pairwise(shares)):
         raise ValueError(f"{name} must not rise from layer to layer, got {keep}")
