@@ -14,6 +14,8 @@ from transformers.cache_utils import Cache
 from sparseloom.integrations import _compat
 from sparseloom.integrations.cache import SparseLayer, layer_of
 from sparseloom.integrations.diagnose import measure
+from sparseloom.integrations.generate import generate_step
+from sparseloom.integrations.generation import GenerationLayer, generation_layer
 from sparseloom.integrations.padding import PaddingReader
 from sparseloom.integrations.stats import LayerCounts
 from sparseloom.kernels import attention, choose_backend
@@ -21,6 +23,7 @@ from sparseloom.mask import SparseMask
 from sparseloom.methods import costs
 from sparseloom.methods.attender import in_recomputation
 from sparseloom.methods.base import Attender, AttentionInputs, Method, Selector
+from sparseloom.methods.generation import Generating
 
 # Arguments of other attention functions that change the result; None and False are harmless.
 _UNSUPPORTED = {
@@ -65,6 +68,7 @@ class Session:
     observer: Observer | None
     diagnose: bool
     when: str = "auto"
+    layers: int = 0
     counts: dict[int, LayerCounts] = field(default_factory=dict)
     read_padding: PaddingReader = field(default_factory=PaddingReader)
 
@@ -96,7 +100,14 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     caches = (value for value in (*args, *kwargs.values()) if isinstance(value, Cache))
     cache = next(caches, None)
     index = getattr(module, "layer_idx", site.layer)
-    site.cache = None if cache is None else layer_of(cache, index)
+    if cache is None:
+        site.cache = None
+    elif isinstance(site.session.method, Generating):
+        session = site.session
+        site.cache = generation_layer(cache, index, session.method, session.layers, site.layer)
+        site.cache.reads_planes = session.observer is None
+    else:
+        site.cache = layer_of(cache, index)
 
 
 def attention_function(
@@ -157,6 +168,19 @@ def attention_function(
     )
     if site is None:
         out, _ = _compute(inputs, None, dropout, "auto")
+    elif isinstance(layer := site.cache, GenerationLayer):
+        session = site.session
+        site.hidden_states = site.rotary = site.cache = None
+        out, mask = generate_step(
+            layer,
+            inputs,
+            session.counts.setdefault(inputs.layer, LayerCounts()),
+            backend=session.backend,
+            dropout_p=dropout,
+            wants_mask=session.observer is not None,
+        )
+        if session.observer is not None:
+            session.observer.on_attention(inputs, mask, out)
     else:
         site.hidden_states = site.rotary = site.cache = None  # keep no activations alive
         out = _run(site.session, inputs, dropout)

@@ -31,6 +31,7 @@ from sparseloom.integrations.stats import LayerStats
 from sparseloom.kernels.ops import BACKENDS
 from sparseloom.methods import SpAtten
 from sparseloom.methods.base import Method, Pruner, Survivors
+from sparseloom.methods.generation import Generating
 
 if TYPE_CHECKING:
     from sparseloom.integrations.shortening import Shortening
@@ -64,7 +65,8 @@ def sparsify(
     4.x BERT and RoBERTa too), padding on either side, grouped-query attention, batches, greedy
     and beam search with the dynamic cache, training with attention dropout and with gradient
     checkpointing.  `SpAtten` shortens BERT, RoBERTa and DistilBERT; gradient checkpointing and
-    hidden states of all layers are not supported with it.
+    hidden states of all layers are not supported with it.  In decoders it chooses what each step of
+    generation reads of the cache; the prompt runs whole.
 
     Args:
         model: a Hugging Face model; restored exactly on exit, also after an exception.
@@ -109,8 +111,11 @@ class Sparsified:
 
     def __enter__(self) -> Sparsified:
         modules = attention_modules(self.model)
-        if isinstance(self.method, Pruner):
-            return self._enter_pruning(modules)
+        if isinstance(self.method, (Pruner, Generating)):
+            generates = describe(self.model).is_causal and isinstance(self.method, Generating)
+            if not generates:
+                return self._enter_pruning(modules)
+        self._session.layers = len(modules)
         legacy = [module for module in modules if _compat.has_bert_layout(module)]
         if not _compat.follows_interface(self.model) and len(legacy) != len(modules):
             raise NotImplementedError(
@@ -141,8 +146,8 @@ class Sparsified:
 
         if describe(self.model).is_causal:
             raise NotImplementedError(
-                f"method: {self.method.name} prunes encoders; generation with decoders "
-                f"({type(self.model).__name__}) is not supported yet"
+                f"method: {self.method.name} prunes encoders, and {type(self.model).__name__} is "
+                "a decoder"
             )
         if not isinstance(self.method, SpAtten):
             raise NotImplementedError(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NotRequired, TypedDict
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from sparseloom.kernels import DecodeStats
 from sparseloom.mask import SparseMask, allowed_pairs
 from sparseloom.methods.base import AttentionInputs
 
@@ -44,6 +45,12 @@ class LayerStats(TypedDict):
             relative to the whole sequences.
         heads, heads_alive, heads_after: the same for heads, one count per sequence.
         linear_macs, dense_linear_macs: multiply-accumulates of projections and feed-forward.
+        steps: steps of generation that read a part of their cache; what follows sums over them.
+        key_high_bytes, key_low_bytes, value_bytes: what they read of keys and values, at stored
+            widths: a key/value head's key once for all its queries; its value at most once.  Keys
+            that are not split count as high.
+        dense_cache_bytes: all keys and values that are not padding, in the model's type.
+        rows, low_rows: (head, query) pairs that read anything, and those that fetched low bits.
     """
 
     layer: int
@@ -110,6 +117,26 @@ class PrunedLayer:
         each = zip(self.tokens, self.tokens_after, self.heads_alive, strict=True)
         run = sum(3 * n * h * one + m * (h * one + rest) for n, m, h in each)
         return run, sum(self.lengths) * (4 * self.heads * one + rest)
+    steps: NotRequired[int]
+    key_high_bytes: NotRequired[float]
+    key_low_bytes: NotRequired[float]
+    value_bytes: NotRequired[float]
+    dense_cache_bytes: NotRequired[int]
+    rows: NotRequired[int]
+    low_rows: NotRequired[int]
+
+
+@dataclass
+class CacheReads:
+    """What steps of generation read of the cache of one layer; see `LayerStats`."""
+
+    steps: int = 0
+    key_high_bytes: float = 0.0
+    key_low_bytes: float = 0.0
+    value_bytes: float = 0.0
+    dense_cache_bytes: int = 0
+    rows: int = 0
+    low_rows: int = 0
 
 
 @dataclass
@@ -128,6 +155,7 @@ class LayerCounts:
     backend: str = ""
     quality: dict[str, list[Sequence[float]]] = field(default_factory=dict)
     pruned: Counter[str] = field(default_factory=Counter)
+    read: CacheReads | None = None
 
     def row(self, layer: int, method: str) -> LayerStats:
         """The counts as a row of statistics."""
@@ -152,6 +180,9 @@ class LayerCounts:
             row.update(means)
         pruned: Any = dict(self.pruned)
         row.update(pruned)
+        if self.read is not None:
+            reads: Any = asdict(self.read)
+            row.update(reads)
         return row
 
     def _ran(self) -> str:
@@ -223,6 +254,58 @@ class LayerCounts:
             linear_macs=linear,
             dense_linear_macs=dense_linear,
         )
+    def add_step(
+        self,
+        inputs: AttentionInputs,
+        stats: DecodeStats,
+        *,
+        key_bits: tuple[int, int],
+        value_bits: int,
+        progressive: bool,
+        lists: Tensor | None,
+        backend: str,
+    ) -> None:
+        """Count one step of generation.
+
+        Args:
+            inputs: the call; one query per sequence.
+            stats: what its rows read.
+            key_bits: stored widths of the keys' high and low planes.
+            value_bits: stored width of the values.
+            progressive: whether low planes were read on demand only.
+            lists: the positions that were read, if not all.
+            backend: what computed it.
+        """
+        batch, heads, _, head_dim = inputs.query.shape
+        kv_heads, kv_len = inputs.key.shape[1:3]
+        assert inputs.value is not None
+        value_dim, size = inputs.value.shape[-1], inputs.query.element_size()
+        valid = inputs.key_padding
+        tokens = batch * kv_len if valid is None else int(valid.sum())
+        groups = (kv_heads, heads // kv_heads)
+        keys, values, low = (t[..., 0].unflatten(1, groups) for t in stats)  # (B, KV, G)
+        reads = self.read = self.read or CacheReads()
+        high = keys.amax(-1)
+        fetched = high * low.any(-1) if progressive else high
+        reads.steps += 1
+        reads.key_high_bytes += int(high.sum()) * head_dim * key_bits[0] / 8
+        reads.key_low_bytes += (more := int(fetched.sum()) * head_dim * key_bits[1] / 8)
+        value_bytes = int(values.sum(-1).minimum(high).sum()) * value_dim * value_bits / 8
+        reads.value_bytes += value_bytes
+        reads.dense_cache_bytes += tokens * kv_heads * (head_dim + value_dim) * size
+        reads.rows += int((keys > 0).sum())
+        reads.low_rows += int(low.sum()) if progressive else int((keys > 0).sum()) * (more > 0)
+        self.backend = backend
+        self.calls += 1
+        self.kept += (kept := int(keys.sum()))
+        self.allowed += tokens * heads
+        again = int((keys * low).sum()) if progressive else 0
+        self.attention_macs += (kept + again) * head_dim + int(values.sum()) * value_dim
+        self.dense_macs += tokens * heads * (head_dim + value_dim)
+        moved = int(high.sum()) * head_dim * key_bits[0] / 8 + more + value_bytes
+        self.bytes += int(moved) + size * batch * heads * (head_dim + value_dim)
+        if lists is not None:
+            self.bytes += lists.numel() * lists.element_size()
 
 
 def kept_pairs(

@@ -7,6 +7,7 @@ settings and the counts that follow from them; `cascade` keeps the scores.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from sparseloom.methods.base import AttentionInputs, Pruner, Survivors
 from sparseloom.methods.cascade import Cascade
+from sparseloom.methods.cascade_steps import CascadeRun
+from sparseloom.methods.generation import Generating
 from sparseloom.methods.settings import check_at_least, check_choice
 from sparseloom.schedules import HEAD_FRONT, TOKEN_FRONT, front_layers, kept_counts, ratio_schedule
 
@@ -26,7 +29,7 @@ LARGEST_RATIO = 0.9
 
 
 @dataclass(frozen=True)
-class SpAtten(Pruner):
+class SpAtten(Pruner, Generating):
     """Prunes tokens and heads for all later layers by the importance they have gathered so far.
 
     A token's importance is the sum of the attention probabilities that it received, over queries,
@@ -143,6 +146,38 @@ class SpAtten(Pruner):
             raise TypeError(f"state must be a Cascade from start, got {type(state).__name__}")
         state.gather(key_importance, head_importance)
         return state.rank(inputs.layer + 1)
+
+    def new_run(self, layers: int) -> CascadeRun:
+        """Fresh scores for the sequences of a cache, while tokens are generated.
+
+        Raises:
+            NotImplementedError: ranking after every head.
+        """
+        if self.granularity != "layer":
+            raise NotImplementedError(
+                f"granularity {self.granularity!r} is not supported in generation, use 'layer'"
+            )
+        progressive = self.key_bits is not None and self.key_bits[1] > 0
+        prunes_heads = self.head_keep is not None and self.head_keep != 1
+        return CascadeRun(
+            token_counts=None if self.token_keep is None else partial(self.kept_tokens, layers),
+            head_counts=partial(self.kept_heads, layers) if prunes_heads else None,
+            value_keep=self.value_keep,
+            threshold=self.threshold if progressive else None,
+            decay=self.decay,
+            keep_first=bool(self.keep_first),
+            keep_last=self.keep_last is not False,
+        )
+
+    @property
+    def stored_key_bits(self) -> tuple[int, int] | None:
+        """The planes of the keys in the cache."""
+        return self.key_bits
+
+    @property
+    def stored_value_bits(self) -> int | None:
+        """Width of the values in the cache."""
+        return self.value_bits
 
     def _token_shares(self, layers: int, length: int) -> Float64[np.ndarray, "layers"]:
         """Share of the tokens that each layer sees, for one length."""

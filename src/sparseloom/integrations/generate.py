@@ -1,0 +1,184 @@
+"""One attention call of a model that generates with a method that chooses what steps read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseloom.integrations.generation import GenerationLayer
+from sparseloom.integrations.stats import LayerCounts
+from sparseloom.integrations.stored import Stored
+from sparseloom.kernels import AttentionOutput, DecodeOutput, attention, decode_attention
+from sparseloom.mask import SparseMask
+from sparseloom.methods.base import AttentionInputs
+from sparseloom.methods.generation import Reading, Run
+
+_NAMED_BACKENDS = ("cpu", "reference")
+
+
+def generate_step(
+    layer: GenerationLayer,
+    inputs: AttentionInputs,
+    counts: LayerCounts,
+    *,
+    backend: str,
+    dropout_p: float,
+    wants_mask: bool,
+) -> tuple[Tensor, SparseMask | None]:
+    """One attention call of a model that generates: a prompt, or a step.
+
+    Args:
+        layer: the cache layer, which has taken the new tokens in.
+        inputs: the call.
+        counts: where it is counted.
+        backend: of `sparsify`.
+        dropout_p: attention dropout of the prompt.
+        wants_mask: whether to tell what a step read.
+
+    Returns:
+        The output (batch, heads, q_len, head_dim), and the mask where it is wanted and the call
+        was not dense.
+
+    Raises:
+        ValueError: the cache holds tokens that the method has not seen.
+    """
+    layer.settle()
+    run = layer.run
+    new, total = inputs.query.shape[2], inputs.key.shape[2]
+    if inputs.layer == 0 and run.length != total - new:
+        raise ValueError(
+            f"past_key_values holds {total - new} tokens of which method "
+            f"{layer.shared.method.name!r} has seen {run.length}: start with an empty cache "
+            "inside the sparsify block"
+        )
+    if new > 1 or new == total:
+        out, name = _prompt(run, inputs, backend, dropout_p)
+        counts.add(inputs, None, backend=name)
+        return out, None
+    with torch.no_grad():
+        reading = run.read(inputs)
+    chosen = backend if backend in _NAMED_BACKENDS else "auto"
+    grouped = inputs.query.shape[1] != inputs.key.shape[1]
+    stored = layer.stored
+    found = decode_attention(
+        inputs.query,
+        stored.cache,
+        keep=reading.keep,
+        value_keep=reading.value_keep,
+        progressive=reading.progressive,
+        key_padding=inputs.key_padding if reading.keep is None else None,
+        scale=inputs.scale,
+        enable_gqa=grouped,
+        return_importance=run.needs_importance,
+        return_stats=True,
+        backend=chosen,
+    )
+    assert isinstance(found, DecodeOutput)
+    if run.needs_importance:
+        assert found.key_importance is not None
+        assert found.head_importance is not None
+        run.observe(inputs, found.key_importance, found.head_importance)
+    _count(counts, inputs, found, reading, stored, chosen)
+    return found.out, _mask(reading, inputs) if wants_mask else None
+
+
+def _prompt(
+    run: Run, inputs: AttentionInputs, backend: str, dropout_p: float
+) -> tuple[Tensor, str]:
+    """Dense attention of several tokens, with importance where the method asks for it."""
+    assert inputs.value is not None
+    tensors = (inputs.query, inputs.key, inputs.value)
+    options: dict[str, Any] = {
+        "is_causal": inputs.is_causal,
+        "scale": inputs.scale,
+        "enable_gqa": inputs.query.shape[1] != inputs.key.shape[1],
+        "key_padding": inputs.key_padding,
+    }
+    if not run.needs_importance:
+        out = attention(*tensors, dropout_p=dropout_p, **options)
+        assert isinstance(out, Tensor)
+        run.prompt(inputs, None, None)
+        return out, "dense"
+    backend = backend if backend in _NAMED_BACKENDS else "auto"
+    found = attention(
+        *tensors, dropout_p=dropout_p, return_importance=True, backend=backend, **options
+    )
+    assert isinstance(found, AttentionOutput)
+    assert found.key_importance is not None
+    assert found.head_importance is not None
+    keys, heads = found.key_importance.detach(), found.head_importance.detach()
+    padding = inputs.key_padding
+    if padding is not None and not bool(padding[:, -1].all()):
+        keys, heads = _without_padded_queries(inputs, padding, options, backend)
+    run.prompt(inputs, keys, heads)
+    return found.out, "dense"
+
+
+@torch.no_grad()
+def _without_padded_queries(
+    inputs: AttentionInputs, padding: Tensor, options: dict[str, Any], backend: str
+) -> tuple[Tensor, Tensor]:
+    """Importance where padding follows text: its queries see the text, and must not count."""
+    assert inputs.value is not None
+    batch, heads, new = inputs.query.shape[:3]
+    total = inputs.key.shape[2]
+    keys = inputs.query.new_zeros((batch, heads, total), dtype=torch.float32)
+    outputs = inputs.query.new_zeros((batch, heads), dtype=torch.float32)
+    for b, row in enumerate(padding):
+        end = int(row.nonzero()[-1]) + 1 if bool(row.any()) else 0
+        queries = end - (total - new)
+        if queries <= 0:
+            continue
+        one = slice(b, b + 1)
+        found = attention(
+            inputs.query[one, :, :queries],
+            inputs.key[one, :, :end],
+            inputs.value[one, :, :end],
+            return_importance=True,
+            backend=backend,
+            **(options | {"key_padding": row[None, :end]}),
+        )
+        assert isinstance(found, AttentionOutput)
+        assert found.key_importance is not None
+        assert found.head_importance is not None
+        keys[b, :, :end] = found.key_importance[0]
+        outputs[b] = found.head_importance[0]
+    return keys, outputs
+
+
+def _count(
+    counts: LayerCounts,
+    inputs: AttentionInputs,
+    found: DecodeOutput,
+    reading: Reading,
+    stored: Stored,
+    backend: str,
+) -> None:
+    assert found.stats is not None
+    whole = 8 * inputs.query.element_size()
+    counts.add_step(
+        inputs,
+        found.stats,
+        key_bits=stored.key_bits or (whole, 0),
+        value_bits=stored.value_bits or whole,
+        progressive=reading.progressive is not None,
+        lists=reading.keep,
+        backend=f"decode {backend}" if backend != "auto" else "decode",
+    )
+
+
+def _mask(reading: Reading, inputs: AttentionInputs) -> SparseMask:
+    """What a step read, as a mask of one query."""
+    batch, kv_len = inputs.query.shape[0], inputs.key.shape[2]
+    heads = 1 if reading.keep is None else reading.keep.shape[1]
+    if reading.keep is None:
+        kept = torch.ones(batch, heads, kv_len, dtype=torch.bool, device=inputs.query.device)
+    else:
+        kept = torch.zeros(batch, heads, kv_len + 1, dtype=torch.bool, device=inputs.query.device)
+        places = reading.keep.where(reading.keep >= 0, kv_len)
+        kept = kept.scatter_(2, places, True)[..., :kv_len]
+    if inputs.key_padding is not None:
+        kept = kept & inputs.key_padding[:, None]
+    return SparseMask.from_bool(kept[:, :, None])

@@ -1,0 +1,155 @@
+"""Methods that choose which cached keys each step of generation reads, and what they remember.
+
+The prompt runs whole. From then on every step has one new token per sequence; each layer asks the
+method what to read of its cache (`Run.read`), and shows it what came of it (`Run.observe`). Keys
+and values stay in the cache, so that positions are those of the text whatever is left out.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from sparseloom.methods.base import AttentionInputs, Method
+
+
+class Reading(NamedTuple):
+    """What one step of one layer reads: arguments of `sparseloom.decode_attention`.
+
+    Attributes:
+        keep: positions (batch, 1 or kv_heads or heads, kept), −1 = empty; None reads all keys.
+        value_keep: share of those whose values are read, per row; None = all.
+        progressive: threshold under which a row fetches the low bits of its keys; None reads
+            all bits at once.
+    """
+
+    keep: Int64[Tensor, "batch keep_heads kept"] | None = None
+    value_keep: float | None = None
+    progressive: float | None = None
+
+
+class Run(ABC):
+    """What a method remembers of the sequences of one cache, over layers and steps.
+
+    The cache owns it and calls `crop` and `select` whenever it does the same to its keys.
+    """
+
+    needs_importance: ClassVar[bool] = True
+    """Whether `prompt` and `observe` have to be told the probabilities."""
+
+    length: int = 0
+    """Tokens seen by the first layer."""
+
+    @abstractmethod
+    def prompt(
+        self,
+        inputs: AttentionInputs,
+        key_importance: Float[Tensor, "batch heads kv_len"] | None,
+        head_importance: Float[Tensor, "batch heads"] | None,
+    ) -> None:
+        """Take in a layer's dense attention of several tokens.
+
+        Args:
+            inputs: the call.
+            key_importance: probabilities summed over the queries that are not padding.
+            head_importance: Σ|out| of each head over those queries.
+        """
+
+    @abstractmethod
+    def read(self, inputs: AttentionInputs) -> Reading:
+        """What a layer's step reads; `inputs.query` is (batch, heads, 1, head_dim).
+
+        `inputs.key` has the keys only where the cache does not quantise them.
+        """
+
+    def observe(
+        self,
+        inputs: AttentionInputs,
+        key_importance: Float[Tensor, "batch heads kv_len"],
+        head_importance: Float[Tensor, "batch heads"],
+    ) -> None:
+        """Take in what came of a step; called where `needs_importance`."""
+        del inputs, key_importance, head_importance
+
+    @abstractmethod
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+
+    @abstractmethod
+    def select(self, indices: Int64[Tensor, " batch"]) -> None:
+        """Batch entry i becomes what entry `indices[i]` was."""
+
+
+class Generating(Method):
+    """A method that chooses what generation reads of its cache.
+
+    Class attributes are the defaults of what the cache itself does to keys and values.
+    """
+
+    @abstractmethod
+    def new_run(self, layers: int) -> Run:
+        """Memory for the sequences of a new cache.
+
+        Args:
+            layers: of the model.
+        """
+
+    @property
+    def stored_key_bits(self) -> tuple[int, int] | None:
+        """Widths of the two planes in which the cache stores keys; None = as they are."""
+        return None
+
+    @property
+    def stored_value_bits(self) -> int | None:
+        """Width of stored values; None = as they are."""
+        return None
+
+
+def largest(
+    scores: Float[Tensor, "batch *heads keys"], counts: Int64[Tensor, "batch *#heads"]
+) -> Bool[Tensor, "batch *heads keys"]:
+    """The `counts` largest scores of each row; of equal ones the first (HPCA 2021, Fig. 9)."""
+    most = min(int(counts.max()), scores.shape[-1])
+    if most <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    counts = counts[..., None].clamp(max=scores.shape[-1])
+    best = scores.topk(most, dim=-1).values
+    where = (counts - 1).clamp(min=0).expand(*scores.shape[:-1], 1)
+    kth = best[..., -1:] if bool((counts == most).all()) else best.gather(-1, where)
+    above = scores > kth
+    ties = scores == kth
+    room = counts - above.sum(-1, keepdim=True)
+    return (above | (ties & (ties.cumsum(-1) <= room))) & (counts > 0)
+
+
+def listed(
+    kept: Bool[Tensor, "batch heads keys"], positions: Int64[Tensor, "batch heads keys"] | None
+) -> Int64[Tensor, "batch heads kept"]:
+    """Positions of what is kept, in order, −1 behind them where a row keeps fewer.
+
+    Args:
+        kept: which columns stay.
+        positions: what the columns are; None = their own numbers.
+    """
+    counts = kept.sum(-1)
+    width = int(counts.max())
+    columns = kept.nonzero()[:, -1]
+    found = columns if positions is None else positions[kept]
+    if bool((counts == width).all()):
+        return found.view(*kept.shape[:-1], width)
+    out = kept.new_full((*kept.shape[:-1], width), -1, dtype=torch.int64)
+    out[torch.arange(width, device=kept.device) < counts[..., None]] = found
+    return out
+
+
+def longer(tensor: Tensor, length: int) -> Tensor:
+    """The tensor with zeros behind its last dimension, up to `length`."""
+    return torch.nn.functional.pad(tensor, (0, length - tensor.shape[-1]))
+
+
+Change = Callable[[Tensor], Tensor]
