@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -249,7 +249,7 @@ def test_reordered_batches_go_on_as_their_sequences(zoo: SimpleNamespace) -> Non
     with sl.sparsify(model, EVERYTHING):
         cache = DynamicCache()
         follow(model, ids[:, :20], cache)
-        cache.reorder_cache(order)
+        cache.reorder_cache(cast("torch.LongTensor", order))
         found = follow(model, ids[order], cache)
         assert torch.allclose(found, follow(model, ids, DynamicCache())[order, -4:], atol=1e-4)
         cache.batch_select_indices(torch.tensor([2]))

@@ -138,7 +138,10 @@ def _without_padded_queries(
             inputs.value[one, :, :end],
             return_importance=True,
             backend=backend,
-            **(options | {"key_padding": row[None, :end]}),
+            key_padding=row[None, :end],
+            is_causal=inputs.is_causal,
+            scale=inputs.scale,
+            enable_gqa=options["enable_gqa"],
         )
         assert isinstance(found, AttentionOutput)
         assert found.key_importance is not None
