@@ -80,6 +80,13 @@ class LayerStats(TypedDict):
     heads_after: NotRequired[int]
     linear_macs: NotRequired[int]
     dense_linear_macs: NotRequired[int]
+    steps: NotRequired[int]
+    key_high_bytes: NotRequired[float]
+    key_low_bytes: NotRequired[float]
+    value_bytes: NotRequired[float]
+    dense_cache_bytes: NotRequired[int]
+    rows: NotRequired[int]
+    low_rows: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -117,13 +124,6 @@ class PrunedLayer:
         each = zip(self.tokens, self.tokens_after, self.heads_alive, strict=True)
         run = sum(3 * n * h * one + m * (h * one + rest) for n, m, h in each)
         return run, sum(self.lengths) * (4 * self.heads * one + rest)
-    steps: NotRequired[int]
-    key_high_bytes: NotRequired[float]
-    key_low_bytes: NotRequired[float]
-    value_bytes: NotRequired[float]
-    dense_cache_bytes: NotRequired[int]
-    rows: NotRequired[int]
-    low_rows: NotRequired[int]
 
 
 @dataclass
