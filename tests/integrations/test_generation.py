@@ -35,6 +35,7 @@ class Cascade(Generating):
     threshold: float | None = None
     decay: float = 1.0
     keep_first: bool = False
+    recent: int = 1
 
     @property
     def stored_key_bits(self) -> tuple[int, int] | None:
@@ -60,6 +61,7 @@ class Cascade(Generating):
             threshold=self.threshold,
             decay=self.decay,
             keep_first=self.keep_first,
+            recent=self.recent,
         )
 
 
@@ -154,9 +156,10 @@ def best(scores: np.ndarray, count: int) -> list[int]:
     [
         Cascade(tokens=(0.8, 0.4)),
         Cascade(tokens=(0.7, 0.7), heads=(4, 2), decay=0.5, keep_first=True),
+        Cascade(tokens=(0.5, 0.2), recent=6),
         EVERYTHING,
     ],
-    ids=["tokens", "heads", "everything"],
+    ids=["tokens", "heads", "recent", "everything"],
 )
 def test_steps_are_those_of_the_published_algorithm(
     zoo: SimpleNamespace, family: str, method: Cascade
@@ -188,7 +191,8 @@ def test_steps_are_those_of_the_published_algorithm(
             tokens *= method.decay
             alive, alive_heads = list(range(length)), list(range(4))
         scores = tokens.copy()
-        scores[-1] = np.inf
+        for i in range(method.recent):
+            scores[-1 - i] = 1e30 / (i + 1)
         if method.keep_first:
             scores[0] = np.inf
         assert method.tokens is not None

@@ -38,7 +38,7 @@ class CascadeRun(Run):
             (§III-D); None reads them at once.
         decay: what scores of tokens are multiplied by at the start of a step.
         keep_first: whether each sequence's first token always stays.
-        keep_last: whether the newest does.
+        recent: newest tokens that always stay, the newest of all first. The paper names none.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class CascadeRun(Run):
         threshold: float | None = None,
         decay: float = 1.0,
         keep_first: bool = False,
-        keep_last: bool = True,
+        recent: int = 1,
     ) -> None:
         self._token_counts, self._head_counts = token_counts, head_counts
         self._options = (None if value_keep >= 1 else value_keep, threshold)
-        self._decay, self._forced = decay, (keep_first, keep_last)
+        self._decay, self._forced = decay, (keep_first, recent)
         self._schedules: dict[int, Sequence[int]] = {}
         self._earlier: deque[tuple[int, Tensor | None, Tensor | None]] = deque(maxlen=_REMEMBERED)
         self.tokens: Float[Tensor, "batch keys"] | None = None
@@ -155,7 +155,9 @@ class CascadeRun(Run):
         if self._forced[0]:
             first = 0 if valid is None else valid.int().argmax(-1)
             scores[torch.arange(batch, device=scores.device), first] = torch.inf
-        if self._forced[1]:
+        if recent := min(self._forced[1], kv_len):
+            above = torch.linspace(0.5, 1.0, recent, device=scores.device)
+            scores[:, -recent:] = above * torch.finfo(scores.dtype).max
             scores[:, -1] = torch.inf
         if alive is not None:
             scores = scores.gather(1, alive.clamp(min=0)).masked_fill(alive < 0, -torch.inf)

@@ -59,6 +59,8 @@ class SpAtten(Pruner, Generating):
             inputs lose more, in proportion, up to 0.9 on average.  None: all lose the same share.
         keep_first: never prune the first token ([CLS]); None: in encoders.
         keep_last: never prune the newest token; None: in decoders.
+        recent: tokens that `keep_last` means while tokens are generated.  The paper names one at
+            most; language models need their nearest context, whose importance is still low.
     """
 
     name: ClassVar[str] = "spatten"
@@ -78,6 +80,7 @@ class SpAtten(Pruner, Generating):
     reference_length: int | None = None
     keep_first: bool | None = None
     keep_last: bool | None = None
+    recent: int = 1
 
     def __post_init__(self) -> None:
         for name in ("token_keep", "head_keep"):
@@ -94,6 +97,7 @@ class SpAtten(Pruner, Generating):
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold must be in [0, 1], got {self.threshold}")
         check_choice("granularity", self.granularity, ("layer", "head"))
+        check_at_least("recent", self.recent, 1)
         if self.reference_length is not None:
             check_at_least("reference_length", self.reference_length, 1)
         if self.value_bits is not None and not 2 <= self.value_bits <= 16:
@@ -166,7 +170,7 @@ class SpAtten(Pruner, Generating):
             threshold=self.threshold if progressive else None,
             decay=self.decay,
             keep_first=bool(self.keep_first),
-            keep_last=self.keep_last is not False,
+            recent=0 if self.keep_last is False else self.recent,
         )
 
     @property
