@@ -314,11 +314,3 @@ def test_what_cannot_be_done_is_refused(zoo: SimpleNamespace, encoder: str) -> N
         pytest.raises(NotImplementedError, match="gradient_checkpointing"),
     ):
         model(**inputs)
-
-
-def test_decoders_wait_for_generation(zoo: SimpleNamespace) -> None:
-    with (
-        pytest.raises(NotImplementedError, match=r"generation with decoders .* not supported yet"),
-        sparsify(zoo.build("llama"), METHOD),
-    ):
-        pass

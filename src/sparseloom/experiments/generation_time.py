@@ -1,7 +1,7 @@
 """Time the attention of one generation step, all layers, with SpAtten's cache and dense.
 
-Random keys and scores of GPT-2 small's shape: such probabilities are flat, so whether rows fetch the
-low bits is not left to them. In one contender no row does, in the other all do.
+Random keys and scores of GPT-2 small's shape: such probabilities are flat, so whether rows fetch
+the low bits is not left to them. In one contender no row does, in the other all do.
 """
 
 from __future__ import annotations
@@ -111,9 +111,7 @@ def _stepper(
         for number, layer in enumerate(layers):
             layer.reads_planes = True
             inputs = _inputs(number, query, *layer.update(key, value))
-            generate_step(
-                layer, inputs, counts, backend="auto", dropout_p=0.0, wants_mask=False
-            )
+            generate_step(layer, inputs, counts, backend="auto", dropout_p=0.0, wants_mask=False)
         for layer in layers:
             layer.crop(-1)
 

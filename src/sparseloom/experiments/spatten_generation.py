@@ -55,7 +55,10 @@ def contenders(layers: int) -> list[Contender]:
         *((f"tokens {keep:.0%}", {"token_keep": keep}) for keep in (0.8, 0.65, 0.5)),
         ("tokens as in the trace of GPT-2 small", {"token_keep": trace}),
         ("tokens 65 %, decay 0.9", {"token_keep": 0.65, "decay": 0.9}),
-        *((f"tokens {keep:.0%}, newest 32", {"token_keep": keep, **near}) for keep in (0.8, 0.65, 0.5)),
+        *(
+            (f"tokens {keep:.0%}, newest 32", {"token_keep": keep, **near})
+            for keep in (0.8, 0.65, 0.5)
+        ),
         ("tokens as in the trace, newest 32", {"token_keep": trace, **near}),
         ("heads 90 %", {"head_keep": 0.9}),
         ("heads 75 %", {"head_keep": 0.75}),
@@ -70,11 +73,18 @@ def contenders(layers: int) -> list[Contender]:
         ("keys 8+4, values 8, half of them", gentle),
         ("together, tokens 65 %", {"token_keep": 0.65, **gentle}),
         ("together, tokens 65 %, newest 32", {"token_keep": 0.65, **near, **gentle}),
-        ("together, tokens 65 %, heads 90 %, newest 32",
-         {"token_keep": 0.65, "head_keep": 0.9, **near, **gentle}),
-        ("together, as the trace of GPT-2 small", {"token_keep": trace, "threshold": 0.05, **strong}),
-        ("together, as the trace, newest 32",
-         {"token_keep": trace, "threshold": 0.05, **near, **strong}),
+        (
+            "together, tokens 65 %, heads 90 %, newest 32",
+            {"token_keep": 0.65, "head_keep": 0.9, **near, **gentle},
+        ),
+        (
+            "together, as the trace of GPT-2 small",
+            {"token_keep": trace, "threshold": 0.05, **strong},
+        ),
+        (
+            "together, as the trace, newest 32",
+            {"token_keep": trace, "threshold": 0.05, **near, **strong},
+        ),
     ]
     return [
         Contender(DENSE, SpAtten(**_WHOLE)),
@@ -84,7 +94,7 @@ def contenders(layers: int) -> list[Contender]:
 
 
 def _shares_of_the_trace(layers: int) -> tuple[float, ...]:
-    """Shares of GPT-2 small's published trace, averaged over the layers that one here stands for."""
+    """Shares of GPT-2 small's published trace, averaged over the layers that one stands for."""
     published = np.repeat([0.9, 0.7, 0.2, 0.1], [1, 1, 4, 6])
     parts = np.array_split(published, layers)
     return tuple(round(float(part.mean()), 3) for part in parts)
@@ -139,7 +149,9 @@ def teacher_forced(text: Text, method: Method) -> tuple[np.ndarray, list[dict[st
     cache, begin = DynamicCache(), 0
     with sparsify(model, method) as sparse:
         for end in range(text.prompt, ids.shape[1]):
-            logits = model(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True).logits
+            logits = model(
+                input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True
+            ).logits
             spread = logits[:, -1].double().log_softmax(-1)
             bits.append(-spread.gather(1, ids[:, end, None])[:, 0] / np.log(2))
             begin = end

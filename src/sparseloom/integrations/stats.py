@@ -254,6 +254,7 @@ class LayerCounts:
             linear_macs=linear,
             dense_linear_macs=dense_linear,
         )
+
     def add_step(
         self,
         inputs: AttentionInputs,
