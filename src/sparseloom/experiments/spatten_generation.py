@@ -50,8 +50,9 @@ class Contender:
 
 def contenders(layers: int) -> list[Contender]:
     """What is compared, the first being what the others are compared with."""
-    trace, near = _shares_of_the_trace(layers), {"recent": 32}
-    alone = [
+    trace = _shares_of_the_trace(layers)
+    near: dict[str, Any] = {"recent": 32}
+    alone: list[tuple[str, dict[str, Any]]] = [
         *((f"tokens {keep:.0%}", {"token_keep": keep}) for keep in (0.8, 0.65, 0.5)),
         ("tokens as in the trace of GPT-2 small", {"token_keep": trace}),
         ("tokens 65 %, decay 0.9", {"token_keep": 0.65, "decay": 0.9}),
@@ -67,9 +68,9 @@ def contenders(layers: int) -> list[Contender]:
         *((f"keys {bits} static", {"key_bits": (bits, 0)}) for bits in (4, 6, 8)),
         *((f"stored values {bits}", {"value_bits": bits}) for bits in (4, 6, 8)),
     ]
-    gentle = {"key_bits": (8, 4), "value_bits": 8, "value_keep": 0.5}
-    strong = {"key_bits": (6, 4), "value_bits": 6, "value_keep": 0.2}
-    together = [
+    gentle: dict[str, Any] = {"key_bits": (8, 4), "value_bits": 8, "value_keep": 0.5}
+    strong: dict[str, Any] = {"key_bits": (6, 4), "value_bits": 6, "value_keep": 0.2}
+    together: list[tuple[str, dict[str, Any]]] = [
         ("keys 8+4, values 8, half of them", gentle),
         ("together, tokens 65 %", {"token_keep": 0.65, **gentle}),
         ("together, tokens 65 %, newest 32", {"token_keep": 0.65, **near, **gentle}),
