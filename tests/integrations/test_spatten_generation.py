@@ -63,7 +63,7 @@ def test_the_settings_reach_the_cache(zoo: SimpleNamespace) -> None:
 
 
 def test_recent_is_checked() -> None:
-    with pytest.raises(ValueError, match="recent must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="recent must be an integer of at least 1, got 0"):
         sl.SpAtten(recent=0)
 
 
