@@ -50,7 +50,7 @@ def stretched(length: int) -> LoadedModel:
     Raises ValueError when `length` is not above the model's own context.
     """
     loaded = load_model("stdlib")
-    config = copy.deepcopy(loaded.model.config)
+    config: Any = copy.deepcopy(loaded.model.config)
     before = loaded.context
     if length <= before:
         raise ValueError(f"length must be above {before}, the built-in model's, got {length}")
