@@ -1,0 +1,131 @@
+"""MiniLM on 512-token documents with tokens and heads pruned, beside dense SDPA: whole-model time.
+
+    python -m sparseloom.experiments.spatten_encoder --out results/spatten_encoder.json
+
+The documents are English text that comes with Python (`pydoc_data.topics`).  Contenders run in
+turns in one process, the unchanged model among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseloom.experiments.timing import interleave
+from sparseloom.integrations import sparsify
+from sparseloom.methods import Method, SpAtten
+from sparseloom.models import LoadedModel, load_model
+from sparseloom.results import write_results
+
+CONTENDERS = (
+    SpAtten(token_keep=None, head_keep=None),
+    SpAtten(token_keep=0.65, head_keep=None),
+    SpAtten(token_keep=0.5, head_keep=None),
+    SpAtten(token_keep=0.5, head_keep=0.9),
+)
+"""Nothing pruned (what the bookkeeping costs), the paper's average, half, and half with heads."""
+
+
+def documents(loaded: LoadedModel, batch: int, length: int) -> dict[str, Tensor]:
+    """The first `batch` full windows of `length` tokens."""
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics))
+    tokenizer: Any = loaded.tokenizer
+    ids = tokenizer(text[: batch * length * 8], add_special_tokens=False, verbose=False)
+    inner = torch.tensor(ids["input_ids"][: batch * (length - 2)]).view(batch, length - 2)
+    first, last = (torch.full((batch, 1), one) for one in _edges(tokenizer))
+    tokens = torch.cat([first, inner, last], 1)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def rows(
+    batches: Sequence[int] = (1, 8), *, length: int = 512, repeats: int = 7
+) -> list[dict[str, Any]]:
+    """One row per batch size and contender."""
+    loaded = load_model("minilm")
+    found: list[dict[str, Any]] = []
+    for batch in batches:
+        inputs = documents(loaded, batch, length)
+        runs: dict[str, Callable[[], object]] = {"dense": _run(loaded.model, None, inputs)}
+        runs |= {str(method): _run(loaded.model, method, inputs) for method in CONTENDERS}
+        times = interleave(runs, repeats=repeats, warmup=2)
+        for method in CONTENDERS:
+            with torch.no_grad(), sparsify(loaded.model, method) as sparse:
+                loaded.model(**inputs)
+            layers = sparse.stats()
+            whole, ours = times["dense"], times[str(method)]
+            macs = [sum(int(row.get(name, 0)) for row in layers) for name in _MACS]
+            found.append(
+                {
+                    "record": "spatten_encoder",
+                    "model": "minilm",
+                    "batch": batch,
+                    "length": length,
+                    "threads": torch.get_num_threads(),
+                    "method": str(method),
+                    "tokens_alive": _share(layers, "tokens_alive", "tokens"),
+                    "heads_alive": _share(layers, "heads_alive", "heads"),
+                    "macs": (macs[0] + macs[1]) / (macs[2] + macs[3]),
+                    "dense_ms": whole.ms,
+                    "ms": ours.ms,
+                    "speedup": whole.ms / ours.ms,
+                    "best_speedup": whole.best_ms / ours.best_ms,
+                    "spread": ours.spread,
+                    "dense_spread": whole.spread,
+                    "repeats": repeats,
+                }
+            )
+    return found
+
+
+_MACS = ("linear_macs", "attention_macs", "dense_linear_macs", "dense_macs")
+
+
+def _run(
+    model: nn.Module, method: Method | None, inputs: dict[str, Tensor]
+) -> Callable[[], object]:
+    def dense() -> None:
+        with torch.no_grad():
+            model(**inputs)
+
+    def pruned() -> None:
+        assert method is not None
+        with torch.no_grad(), sparsify(model, method):
+            model(**inputs)
+
+    return dense if method is None else pruned
+
+
+def _share(layers: Sequence[Any], part: str, whole: str) -> float:
+    return sum(row[part] for row in layers) / sum(row[whole] for row in layers)
+
+
+def _edges(tokenizer: Any) -> tuple[int, int]:
+    return tokenizer.cls_token_id, tokenizer.sep_token_id
+
+
+def main() -> None:
+    """Command line of the measurement."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path("results/spatten_encoder.json"))
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    command = " ".join(["python -m sparseloom.experiments.spatten_encoder", *sys.argv[1:]])
+    found = rows(repeats=arguments.repeats)
+    write_results(arguments.out, found, command=command)
+    for row in found:
+        sys.stdout.write(
+            f"batch {row['batch']}  {row['method']}: {row['dense_ms']:.1f} → {row['ms']:.1f} ms, "
+            f"{row['speedup']:.2f}×\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
