@@ -3,7 +3,8 @@
     python -m sparseloom.experiments.spatten_encoder --out results/spatten_encoder.json
 
 The documents are English text that comes with Python (`pydoc_data.topics`).  Contenders run in
-turns in one process, the unchanged model among them.
+turns in one process, the unchanged model among them; the time of a pruned pass includes entering
+and leaving the `sparsify` block.
 """
 
 from __future__ import annotations
