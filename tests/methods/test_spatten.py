@@ -23,7 +23,7 @@ def kept(scores: list[float], count: int) -> list[float]:
 def test_top_keeps_the_order_of_its_input() -> None:
     # The slides' example of the top-k engine (HPCA 2021): k = 4 of eight numbers.
     assert kept([7, 2, 6, 4, 9, 1, 3, 5], 4) == [7, 6, 9, 5]
-    # Fig. 9's numbers, where two elements tie for the third place.
+    # Two elements tie for the third place: the first in input order stays, as in Fig. 9.
     assert kept([0.5, 0.25, 0.5, 1.25, 0.125], 2) == [0.5, 1.25]
     row = torch.tensor([[0.5, 0.25, 0.5, 1.25, 0.5]])
     assert top(row, torch.tensor([3])).tolist() == [[True, False, True, True, False]]
