@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from sparseloom.kernels import attention
 from sparseloom.kernels.api import AttentionOutput
 from sparseloom.methods import AttentionInputs, SpAtten, Survivors
-from sparseloom.methods.cascade import Cascade, slots_of, top
+from sparseloom.methods.cascade import Cascade, largest, slots_of
 
 
 def kept(scores: list[float], count: int) -> list[float]:
     """What the top-k engine would hand on."""
     row = torch.tensor([scores], dtype=torch.float32)
-    return row[top(row, torch.tensor([count]))].tolist()
+    return row[largest(row, torch.tensor([count]))].tolist()
 
 
 def test_top_keeps_the_order_of_its_input() -> None:
@@ -26,7 +26,7 @@ def test_top_keeps_the_order_of_its_input() -> None:
     # Two elements tie for the third place: the first in input order stays, as in Fig. 9.
     assert kept([0.5, 0.25, 0.5, 1.25, 0.125], 2) == [0.5, 1.25]
     row = torch.tensor([[0.5, 0.25, 0.5, 1.25, 0.5]])
-    assert top(row, torch.tensor([3])).tolist() == [[True, False, True, True, False]]
+    assert largest(row, torch.tensor([3])).tolist() == [[True, False, True, True, False]]
 
 
 @hypothesis_settings(deadline=None)
@@ -34,7 +34,7 @@ def test_top_keeps_the_order_of_its_input() -> None:
 def test_top_against_sorting_in_python(values: list[int], count: int) -> None:
     ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))
     wanted = sorted(ranked[:count])
-    chosen = top(torch.tensor([values]).float(), torch.tensor([count]))
+    chosen = largest(torch.tensor([values]).float(), torch.tensor([count]))
     assert chosen[0].nonzero().flatten().tolist() == wanted
     slots, counts = slots_of(chosen)
     assert slots[0, counts[0]].tolist() == wanted

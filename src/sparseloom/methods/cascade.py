@@ -78,11 +78,13 @@ class Cascade:
         tokens = None
         if bool((counts < self.valid.sum(1)).any()):
             scores = self.tokens.masked_fill(~self.valid, -torch.inf)
-            tokens = top(scores.masked_fill(self._kept_always(), torch.inf), counts) & self.valid
+            tokens = (
+                largest(scores.masked_fill(self._kept_always(), torch.inf), counts) & self.valid
+            )
         heads = None
         if (count := self._head_counts[layer]) < int(self.heads_alive.sum(1).max()):
             scores = self.heads.masked_fill(~self.heads_alive, -torch.inf)
-            heads = top(scores, torch.full_like(counts, count)) & self.heads_alive
+            heads = largest(scores, torch.full_like(counts, count)) & self.heads_alive
         return Survivors(tokens, heads)
 
     def apply(self, survivors: Survivors) -> Int64[Tensor, "batch kept"] | None:
@@ -107,13 +109,21 @@ class Cascade:
         return forced
 
 
-def top(
-    scores: Float[Tensor, "batch items"], counts: Int64[Tensor, " batch"]
-) -> Bool[Tensor, "batch items"]:
-    """The `counts[b]` largest of each row; of equal ones the first (SpAtten, §IV-B, Fig. 9)."""
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    chosen = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
-    return torch.zeros_like(chosen.expand_as(order)).scatter(1, order, chosen)
+def largest(
+    scores: Float[Tensor, "batch *heads keys"], counts: Int64[Tensor, "batch *#heads"]
+) -> Bool[Tensor, "batch *heads keys"]:
+    """The `counts` largest scores of each row; of equal ones the first (HPCA 2021, Fig. 9)."""
+    most = min(int(counts.max()), scores.shape[-1])
+    if most <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    counts = counts[..., None].clamp(max=scores.shape[-1])
+    best = scores.topk(most, dim=-1).values
+    where = (counts - 1).clamp(min=0).expand(*scores.shape[:-1], 1)
+    kth = best[..., -1:] if bool((counts == most).all()) else best.gather(-1, where)
+    above = scores > kth
+    ties = scores == kth
+    room = counts - above.sum(-1, keepdim=True)
+    return (above | (ties & (ties.cumsum(-1) <= room))) & (counts > 0)
 
 
 def slots_of(

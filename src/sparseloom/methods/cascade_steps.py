@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from sparseloom.methods.base import AttentionInputs
-from sparseloom.methods.generation import Change, Reading, Run, largest, listed, longer
+from sparseloom.methods.cascade import largest
+from sparseloom.methods.generation import Change, Reading, Run, listed, longer
 
 _REMEMBERED = 16  # steps that can be taken back exactly
 

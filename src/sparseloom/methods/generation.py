@@ -110,23 +110,6 @@ class Generating(Method):
         return None
 
 
-def largest(
-    scores: Float[Tensor, "batch *heads keys"], counts: Int64[Tensor, "batch *#heads"]
-) -> Bool[Tensor, "batch *heads keys"]:
-    """The `counts` largest scores of each row; of equal ones the first (HPCA 2021, Fig. 9)."""
-    most = min(int(counts.max()), scores.shape[-1])
-    if most <= 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    counts = counts[..., None].clamp(max=scores.shape[-1])
-    best = scores.topk(most, dim=-1).values
-    where = (counts - 1).clamp(min=0).expand(*scores.shape[:-1], 1)
-    kth = best[..., -1:] if bool((counts == most).all()) else best.gather(-1, where)
-    above = scores > kth
-    ties = scores == kth
-    room = counts - above.sum(-1, keepdim=True)
-    return (above | (ties & (ties.cumsum(-1) <= room))) & (counts > 0)
-
-
 def listed(
     kept: Bool[Tensor, "batch heads keys"], positions: Int64[Tensor, "batch heads keys"] | None
 ) -> Int64[Tensor, "batch heads kept"]:
