@@ -239,3 +239,11 @@ def test_joint_steps_without_labels_say_so() -> None:
     unlabelled = [{"input_ids": batches(1)[0]["input_ids"]}]
     with pytest.raises(ValueError, match="need `labels`"):
         adapt(tiny_llama(), METHOD, unlabelled, warmup_steps=1, joint_steps=1, progress=False)
+
+
+def test_one_process_may_train_at_several_precisions() -> None:
+    for precision in ("no", "bf16", "no"):
+        log = finetune(
+            tiny_llama(), Dense(), batches(1), steps=1, mixed_precision=precision, progress=False
+        )
+        assert log[0]["loss"] > 0

@@ -65,8 +65,12 @@ def make_accelerator(mixed_precision: str) -> Any:
     """An `accelerate.Accelerator`; its absence is one clear sentence."""
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
     except ImportError as error:
         raise ImportError("training needs accelerate: pip install 'sparseloom[train]'") from error
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        # accelerate knows one precision per process; ours may train several models in a row.
+        AcceleratorState._reset_state()
     return Accelerator(mixed_precision=mixed_precision)
 
 
