@@ -19,6 +19,8 @@ LABELS = {
     "dynamic, model untuned": "the same, model left as it was",
     "oracle 8×1 on the dynamic model": "oracle in 8×1 vectors",
     "dynamic 8×1": "dynamic, INT4, 8×1 vectors",
+    "dynamic, half the keys": "dynamic, INT4, half as many keys",
+    "random": "random keys",
     "window": "sliding window",
     "window growing": "growing window",
 }
@@ -54,6 +56,8 @@ def test_what_the_study_was_made_for_holds() -> None:
     dynamic = rows["dynamic"]
     assert dynamic["items"] >= 64
     assert dynamic["difference_upper95"] <= 0.02
+    assert rows["dynamic, half the keys"]["difference_upper95"] <= 0.04
+    assert rows["random"]["difference"] > rows["window"]["difference"]
     best = min(rows["window"]["value"], rows["window growing"]["value"])
     assert dynamic["value"] <= best - 0.05
     shares = zip(dynamic["retained_mass"], dynamic["oracle_mass"], strict=True)
