@@ -291,6 +291,19 @@ def test_adapt_saves_a_model_that_compare_takes(run: Run, model: Path) -> None:
     assert rows_of(out)[1]["density"] < 0.5
 
 
+def test_adapt_takes_the_ramp_and_the_gradient(run: Run, model: Path) -> None:
+    words = ["adapt", "--model", model, "--warmup-steps", 1, "--joint-steps", 2, "--limit", 0,
+             "--batch-size", 1, "--method", "dynamic:sparsity=0.5,projection=0.5,minimum_keys=4",
+             "--gradient", "both", "--ramp-share", 0.5]  # fmt: skip
+    code, _, err = run(*words, "--ramp-from", 0.2, "--out", "ramped")
+    assert code == 0, err
+    code, _, err = run(*words, "--ramp-from", 1.5, "--out", "refused")
+    assert code == 2
+    assert err.startswith("error: ")
+    assert "1.5" in err
+    assert not Path("refused").exists()
+
+
 def test_reproduce_lists_and_computes(run: Run) -> None:
     code, out, _ = run("reproduce")
     assert code == 0

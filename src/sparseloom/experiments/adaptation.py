@@ -11,7 +11,6 @@ checkpoint and its scores in `out`.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 from collections.abc import Mapping
@@ -22,9 +21,9 @@ import numpy as np
 
 from sparseloom.experiments.bootstrap import paired_bootstrap
 from sparseloom.experiments.contenders import Against, Log, rows_against, scored, slug, tuned
+from sparseloom.experiments.study_command import run_command
 from sparseloom.methods import Dense, DynamicSparse, Method, Oracle, RandomMask, SlidingWindow
 from sparseloom.models import LoadedModel, load_model
-from sparseloom.results import write_results
 from sparseloom.tasks import Task, get_task
 from sparseloom.training import adapt, finetune
 
@@ -163,16 +162,7 @@ def _beside_the_best_window(
 
 def main() -> None:
     """Command line of the study."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("out/adaptation"))
-    parser.add_argument("--results", type=Path, default=Path("results/adaptation.json"))
-    for field in dataclasses.fields(Study):
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(field.default), default=field.default)
-    arguments = vars(parser.parse_args())
-    out, results = arguments.pop("out"), arguments.pop("results")
-    rows = run_study(Study(**arguments), out)
-    write_results(results, rows, command="python -m sparseloom.experiments.adaptation")
+    run_command("adaptation", __doc__, Study(), lambda study, out, _: run_study(study, out))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ the adaptation study.  What is finished lies in `out` and is not made again.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any
 from transformers import LlamaForCausalLM
 
 from sparseloom.experiments.contenders import Against, Log, rows_against, scored, slug, tuned
+from sparseloom.experiments.study_command import run_command
 from sparseloom.methods import Dense, DynamicSparse, Method, Oracle, SlidingWindow
 from sparseloom.models import LoadedModel, load_model
-from sparseloom.results import write_results
 from sparseloom.tasks.language_modelling import StdlibBitsPerByte
 from sparseloom.training import adapt, finetune
 
@@ -151,16 +150,7 @@ def run_study(study: Study, out: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Command line of the study."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("out/long_context"))
-    parser.add_argument("--results", type=Path, default=Path("results/long_context.json"))
-    for field in dataclasses.fields(Study):
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(field.default), default=field.default)
-    arguments = vars(parser.parse_args())
-    out, results = arguments.pop("out"), arguments.pop("results")
-    rows = run_study(Study(**arguments), out)
-    write_results(results, rows, command="python -m sparseloom.experiments.long_context")
+    run_command("long_context", __doc__, Study(), lambda study, out, _: run_study(study, out))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ against the control come with a paired bootstrap.  Everything is resumable: fini
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ import torch
 from rich.console import Console
 
 from sparseloom.experiments.contenders import Against, Log, rows_against, scored, slug, tuned
+from sparseloom.experiments.study_command import run_command
 from sparseloom.integrations.describe import attention_modules
 from sparseloom.methods import Dense, DynamicSparse, Method, RandomMask, SlidingWindow
 from sparseloom.models import LoadedModel, load_model
-from sparseloom.results import write_results
 from sparseloom.tasks.classification import SentimentClassification
 from sparseloom.training import adapt, finetune
 
@@ -205,17 +204,7 @@ def _with_weights(method: Method, trained: Method) -> Method:
 
 def main() -> None:
     """Command line of the study."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("out/sentiment"))
-    parser.add_argument("--data", type=Path, default=None)
-    parser.add_argument("--results", type=Path, default=Path("results/sentiment.json"))
-    for field in dataclasses.fields(Study):
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(field.default), default=field.default)
-    arguments = vars(parser.parse_args())
-    out, results, data = (arguments.pop(name) for name in ("out", "results", "data"))
-    rows = run_study(Study(**arguments), out, data)
-    write_results(results, rows, command="python -m sparseloom.experiments.sentiment")
+    run_command("sentiment", __doc__, Study(), run_study)
 
 
 if __name__ == "__main__":

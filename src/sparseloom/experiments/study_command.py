@@ -1,0 +1,54 @@
+"""The command line of a study: its settings as options, and the command that its results name."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparseloom.results import write_results
+
+
+def run_command(
+    name: str,
+    description: str | None,
+    defaults: Any,
+    run: Callable[[Any, Path, Path | None], list[dict[str, Any]]],
+    *,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Run `python -m sparseloom.experiments.NAME` and write its rows.
+
+    The results name the command with every setting that was not the default, so that they say how
+    they were made.
+
+    Args:
+        name: of the module, and of the file in `results/` and the folder in `out/`.
+        description: the module's docstring; its first line is shown by `--help`.
+        defaults: the study's settings, a dataclass instance with a default in every field.
+        run: (settings, folder of stages, folder of data or None) → rows.
+        arguments: words of the command line; None takes the process's.
+    """
+    first = (description or "").strip().split("\n")[0]
+    parser = argparse.ArgumentParser(f"python -m sparseloom.experiments.{name}", description=first)
+    parser.add_argument(
+        "--out", type=Path, default=Path(f"out/{name}"), help="stages that are kept"
+    )
+    parser.add_argument("--data", type=Path, default=None, help="default: $SPARSELOOM_DATA")
+    parser.add_argument("--results", type=Path, default=Path(f"results/{name}.json"))
+    for field in dataclasses.fields(defaults):
+        value = getattr(defaults, field.name)
+        parser.add_argument(_flag(field.name), type=type(value), default=value)
+    given = vars(parser.parse_args(arguments))
+    out, data, results = (given.pop(word) for word in ("out", "data", "results"))
+    changed = [
+        f" {_flag(key)} {value}" for key, value in given.items() if value != getattr(defaults, key)
+    ]
+    rows = run(dataclasses.replace(defaults, **given), out, data)
+    write_results(results, rows, command=parser.prog + "".join(changed))
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,38 @@
+"""What a study's results say of the command that made them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparseloom.experiments.study_command import run_command
+
+
+@dataclass(frozen=True)
+class Settings:
+    joint_steps: int = 60
+    lr: float = 0.1
+
+
+def test_results_name_the_settings_that_were_changed(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def run(settings: Settings, out: Path, data: Path | None) -> list[dict[str, Any]]:
+        seen.append((settings, out, data))
+        return [{"record": "table", "name": "a", "title": "b"}]
+
+    words = ["--joint-steps", "7", "--results", str(tmp_path / "r.json"), "--out", str(tmp_path)]
+    run_command("adaptation", "A study.\n\nMore.", Settings(), run, arguments=words)
+    assert seen == [(Settings(joint_steps=7), tmp_path, None)]
+    command = json.loads((tmp_path / "r.json").read_text())["command"]
+    assert command == "python -m sparseloom.experiments.adaptation --joint-steps 7"
+
+
+def test_a_setting_that_is_no_number_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_command("x", None, Settings(), lambda *_: [], arguments=["--joint-steps", "many"])
+    assert "invalid int value: 'many'" in capsys.readouterr().err
