@@ -72,12 +72,23 @@ def rows_of(text: str) -> list[dict[str, Any]]:
 def test_help_lists_every_command(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("demo", "compare", "adapt", "bench", "trace", "simulate", "reproduce", "info"):
+    for command in (
+        "demo",
+        "compare",
+        "explain",
+        "adapt",
+        "bench",
+        "trace",
+        "simulate",
+        "reproduce",
+        "info",
+    ):
         assert command in out
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "compare", "adapt", "bench", "trace", "simulate", "reproduce", "info"]
+    "command",
+    ["demo", "compare", "explain", "adapt", "bench", "trace", "simulate", "reproduce", "info"],
 )
 def test_every_command_offers_json(run: Run, command: str) -> None:
     code, out, err = run(command, "--help")

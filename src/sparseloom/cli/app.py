@@ -9,6 +9,7 @@ import typer
 from sparseloom.cli.adapt import adapt
 from sparseloom.cli.bench import bench
 from sparseloom.cli.compare import compare, demo
+from sparseloom.cli.explain import explain
 from sparseloom.cli.info import info, show_version
 from sparseloom.cli.simulate import simulate
 from sparseloom.cli.studies import reproduce
@@ -33,5 +34,5 @@ def _common(
 ) -> None: ...
 
 
-for _command in (demo, compare, adapt, bench, trace, simulate, reproduce, info):
+for _command in (demo, compare, explain, adapt, bench, trace, simulate, reproduce, info):
     app.command()(_command)

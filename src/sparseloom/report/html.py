@@ -11,6 +11,7 @@ from sparseloom.report.figures import family
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
+    from jinja2 import Environment
 
 
 _PLOT = {"displaylogo": False, "responsive": True, "displayModeBar": False}
@@ -20,13 +21,15 @@ _PLOT = {"displaylogo": False, "responsive": True, "displayModeBar": False}
 class Section:
     """A heading, a sentence that says how to read what follows, and figures.
 
-    `columns` figures stand side by side where the window is wide enough.
+    `columns` figures stand side by side where the window is wide enough.  `html` is markup that
+    stands before them.
     """
 
     title: str
     text: str
     figures: tuple[go.Figure, ...] = ()
     columns: int = 1
+    html: str = ""
 
 
 def write_report(
@@ -46,18 +49,13 @@ def write_report(
     judge the figures.  `template` says how rows become the table: "report" for comparisons, "bench"
     for timed operations.
     """
-    from jinja2 import Environment, PackageLoader
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(
-        loader=PackageLoader("sparseloom.report"), autoescape=True, trim_blocks=True
-    )
-    filters: dict[str, Any] = {"number": _number, "ratio": _ratio, "family": family}
-    environment.filters.update(filters)
     rendered = [
         {
             "title": section.title,
             "text": section.text,
+            "html": section.html,
             "columns": section.columns,
             "figures": [
                 figure.to_html(full_html=False, include_plotlyjs=False, config=_PLOT)
@@ -66,19 +64,35 @@ def write_report(
         }
         for section in sections
     ]
-    page = environment.get_template(f"{template}.html.j2").render(
-        title=title,
-        summary=summary,
-        results=results,
-        machines=_machines(results["rows"]),
-        sections=rendered,
-        notes=notes,
-        plotlyjs=get_plotlyjs(),
+    page = (
+        environment()
+        .get_template(f"{template}.html.j2")
+        .render(
+            title=title,
+            summary=summary,
+            results=results,
+            machines=_machines(results["rows"]),
+            sections=rendered,
+            notes=notes,
+            plotlyjs=get_plotlyjs() if any(section.figures for section in sections) else "",
+        )
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(page, "utf-8")
     part.replace(path)
+
+
+def environment() -> Environment:
+    """The templates of this package."""
+    from jinja2 import Environment, PackageLoader
+
+    found = Environment(
+        loader=PackageLoader("sparseloom.report"), autoescape=True, trim_blocks=True
+    )
+    filters: dict[str, Any] = {"number": _number, "ratio": _ratio, "family": family}
+    found.filters.update(filters)
+    return found
 
 
 def _machines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
