@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import ceil
 
 import numpy as np
@@ -64,6 +65,45 @@ def ratio_schedule(
         )
     fractions[whole:] -= np.linspace(first, last, pruned)
     return fractions
+
+
+def kept_fractions(
+    name: str,
+    keep: float | tuple[float, ...] | None,
+    layers: int,
+    front: float,
+    *,
+    start_ratio: float | None = None,
+) -> Float[np.ndarray, "layers"]:
+    """Kept fraction of each layer: all of them, listed, or from a mean by `ratio_schedule`.
+
+    Args:
+        name: of the setting, for errors.
+        keep: None = all; one fraction per layer, never rising; or the mean over layers.
+        layers, front, start_ratio: as in `ratio_schedule`.
+
+    Raises:
+        ValueError: fractions that do not fit the layers, are no fractions, or rise.
+    """
+    if keep is None:
+        return np.ones(layers)
+    if not isinstance(keep, tuple):
+        return ratio_schedule(layers, keep, front, start_ratio=start_ratio)
+    if len(keep) != layers:
+        raise ValueError(f"{name} must have one share for each of {layers} layers, got {len(keep)}")
+    check_fractions(name, keep)
+    return np.array(keep, np.float64)
+
+
+def check_fractions(name: str, keep: float | tuple[float, ...] | None) -> None:
+    """Raise a ValueError unless `keep` is None, a fraction, or fractions that never rise."""
+    shares = keep if isinstance(keep, tuple) else () if keep is None else (keep,)
+    if isinstance(keep, tuple) and not keep:
+        raise ValueError(f"{name} must name at least one share, got ()")
+    if any(not 0 < share <= 1 for share in shares):
+        raise ValueError(f"{name} must be in (0, 1], got {keep}")
+    if any(later > earlier for earlier, later in pairwise(shares)):
+        raise ValueError(f"{name} must not rise from layer to layer, got {keep}")
 
 
 def front_layers(layers: int, front: float) -> int:

@@ -179,7 +179,7 @@ def test_decay_forgets_the_prompt() -> None:
 def test_what_cannot_be_run() -> None:
     with pytest.raises(MachineError, match=r"no tensor calls\.0\.query: record it with"):
         with_cascade(replace(prompt(), tensors={}), Cascade())
-    with pytest.raises(MachineError, match=r"token_keep must be 3 fractions in \(0, 1\]"):
+    with pytest.raises(MachineError, match="token_keep must have one share for each of 3 layers"):
         with_cascade(prompt(), Cascade(token_keep=(1.0, 0.5)))
     with pytest.raises(MachineError, match="head_keep must not rise"):
         with_cascade(prompt(), Cascade(head_keep=(0.5, 1.0, 1.0)))

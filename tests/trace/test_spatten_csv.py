@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sparseloom.trace import Trace, TraceError
+from sparseloom.trace.spatten_benchmarks import benchmark
 
 HEADER = (
     "iteration_id,layer_id,head_id,embedding_length_D,sentence_length_L,key_fetch_num,"
@@ -83,7 +84,8 @@ def test_the_last_line_may_be_data(tmp_path: Path) -> None:
 
 def changed(row: str, column: str, value: str) -> str:
     cells = row.split(",")
-    cells[HEADER.split(",").index(column)] = value
+    names: list[str] = HEADER.split(",")
+    cells[names.index(column)] = value
     return ",".join(cells)
 
 
@@ -130,6 +132,30 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         Trace.from_spatten_csv(write(tmp_path / "a.csv", HEADER, *ROWS), heads=1)
 
 
+@pytest.mark.parametrize("zipped", [False, True])
+def test_what_was_read_is_written_as_it_was(tmp_path: Path, zipped: bool) -> None:
+    file = write(tmp_path / "tiny.csv", HEADER, *ROWS, CONFIG)
+    again = tmp_path / ("again.csv.gz" if zipped else "again.csv")
+    Trace.from_spatten_csv(file).to_spatten_csv(again)
+    data = again.read_bytes()
+    assert (gzip.decompress(data) if zipped else data) == file.read_bytes()
+    bare = write(tmp_path / "bare.csv", HEADER, *ROWS)
+    Trace.from_spatten_csv(bare).to_spatten_csv(again)
+    data = again.read_bytes()
+    assert (gzip.decompress(data) if zipped else data) == bare.read_bytes()
+
+
+def test_a_prompt_is_no_generation(tmp_path: Path) -> None:
+    trace = benchmark("bert-base-cola").trace()
+    with pytest.raises(TraceError, match="bert-base-cola has no generation steps"):
+        trace.to_spatten_csv(tmp_path / "a.csv", "spatten")
+    small = benchmark("gpt2-small-ptb").trace(prompt=True)
+    small.to_spatten_csv(tmp_path / "b.csv.gz", "spatten")
+    read = Trace.from_spatten_csv(tmp_path / "b.csv.gz")
+    assert [op.step for op in read.workload.operators[:13]] == [0] * 12 + [1]
+    assert read.workload.operators[0].kv_len == 993
+
+
 def published(name: str) -> Path:
     file = Path(os.environ.get("SPARSELOOM_DATA", "")) / "spatten_traces" / name
     if not file.is_file():
@@ -150,6 +176,20 @@ def test_the_pruned_gpt2_small_trace() -> None:
     assert {(call.key_bits, call.lsb_bits, call.value_bits) for call in calls} == {(6, 4, 6)}
     keep = [int(np.max(call.key_counts)) for call in calls[12:24] if call.key_counts is not None]
     assert keep == [921, 716] + [204] * 4 + [102] * 6
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "small.csv.gz",
+        "summary-gpt2-small-wikitext2-per8.csv.gz",
+        "summary-gpt2-small-wikitext2-per8-step1+dedic.csv.gz",
+    ],
+)
+def test_the_published_traces_are_written_byte_by_byte(tmp_path: Path, name: str) -> None:
+    file = published(name)
+    Trace.from_spatten_csv(file).to_spatten_csv(tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_bytes() == gzip.decompress(file.read_bytes())
 
 
 @pytest.mark.parametrize(

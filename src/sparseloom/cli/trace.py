@@ -51,6 +51,10 @@ def trace(
     tensors: Annotated[
         bool, typer.Option("--tensors", help="Also store queries, keys and values.")
     ] = False,
+    csv: Annotated[
+        Path | None,
+        typer.Option("--csv", help="Also write generation as a CSV file of SpAtten's authors."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what is in --out.")
     ] = False,
@@ -73,6 +77,13 @@ def trace(
     torch.manual_seed(seed)
     set_threads(threads)
     methods = [parse_method(words) for words in method or DEFAULT_METHODS]
+    if csv is not None and (len(methods) > 1 or not new_tokens):
+        raise ValueError(
+            "--csv needs one --method and --new-tokens: a file has one selection of generation, "
+            f"got {len(methods)} and {new_tokens}"
+        )
+    if csv is not None and csv.exists() and not overwrite:
+        raise FileExistsError(f"--csv {csv} exists: choose another file or pass --overwrite")
     loaded = load_model(model)
     methods = [with_predictor(chosen, loaded) for chosen in methods]
     inputs = _inputs(loaded, task=task, data=data, text=text, length=length)
@@ -89,6 +100,8 @@ def trace(
             )
     assert recorded is not None
     recorded.save(out, overwrite=overwrite)
+    if csv is not None:
+        recorded.to_spatten_csv(csv)
     allowed = sum(int(pairs.sum()) for pairs in recorded.allowed_pairs())
     rows: list[dict[str, Any]] = []
     for name in recorded.selections:

@@ -269,8 +269,6 @@ def _cycles(
 ) -> dict[str, int]:
     if not machines:
         return {}
-    if isinstance(method, Pruner):  # its run cannot be recorded
-        return {}
     trace = record(loaded.model, method, sample)
     return {name: machine.simulate(trace).cycles for name, machine in machines.items()}
 

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from sparseloom.hardware.config import MachineError
 from sparseloom.hardware.units.numerics import Datapath, Head, attention_head
-from sparseloom.schedules import HEAD_FRONT, TOKEN_FRONT, kept_counts, ratio_schedule
+from sparseloom.schedules import HEAD_FRONT, TOKEN_FRONT, kept_counts, kept_fractions
 from sparseloom.trace import AttentionCall, MaskArrays, Operator, Selection, Trace
+from sparseloom.trace.ranking import with_ranking
 
 Bools = NDArray[np.bool_]
 Scores = NDArray[np.float64]
@@ -89,7 +90,8 @@ def with_cascade(
     run = _Run(trace, cascade, probabilities)
     for number, operator in enumerate(trace.workload.attention()):
         run.call(number, operator)
-    selection = Selection(name, tuple(run.calls), cascade.to_dict())
+    calls = with_ranking(trace.workload, run.calls)
+    selection = Selection(name, calls, cascade.to_dict())
     tensors = {**trace.tensors, **run.stored}
     return Trace(trace.workload, {**trace.selections, name: selection}, tensors)
 
@@ -156,7 +158,6 @@ class _Run:
         high, low = path.planes
         everything = reads_prompt and bool(alive.all())
         keep = rows[:, None, :, None] & alive[:, None, None, :]
-        following = self._following(number, operator)
         self.calls.append(
             AttentionCall(
                 mask=None if everything else _mask(keep, operator),
@@ -169,7 +170,6 @@ class _Run:
                 lsb_refetch=refetch if low else None,
                 tokens_alive=alive,
                 heads_alive=None if heads_alive.all() else heads_alive,
-                token_keep=following,
                 accumulates_importance=True,
             )
         )
@@ -235,30 +235,15 @@ class _Run:
             )
         return found
 
-    def _following(self, number: int, operator: Operator) -> int | None:
-        """Tokens kept from the end of this call on, if the next call has fewer or starts anew."""
-        if number + 1 == len(self.operators):
-            return None
-        after = self.operators[number + 1]
-        if self.generates and after.stage == "prefill":
-            return None
-        count = max(self._counts(after, after.layer or 0))
-        now = int(self.alive.sum(axis=1).max())
-        return count if count < (now if after.step == operator.step else after.kv_len) else None
-
 
 def _fractions(
     name: str, keep: float | tuple[float, ...], layers: int, front: float
 ) -> NDArray[np.float64]:
     """Kept fraction per layer."""
-    if not isinstance(keep, tuple):
-        return ratio_schedule(layers, keep, front)
-    found = np.array(keep)
-    if found.shape != (layers,) or not ((found > 0) & (found <= 1)).all():
-        raise MachineError(f"{name} must be {layers} fractions in (0, 1], got {keep}")
-    if (np.diff(found) > 0).any():
-        raise MachineError(f"{name} must not rise from layer to layer, got {keep}")
-    return found
+    try:
+        return kept_fractions(name, keep, layers, front)
+    except ValueError as error:
+        raise MachineError(str(error)) from None
 
 
 def _top(scores: Scores, count: int) -> NDArray[np.int64]:

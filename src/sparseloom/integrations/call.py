@@ -16,6 +16,7 @@ from sparseloom.integrations.cache import SparseLayer, layer_of
 from sparseloom.integrations.diagnose import measure
 from sparseloom.integrations.generate import generate_step
 from sparseloom.integrations.generation import GenerationLayer, generation_layer
+from sparseloom.integrations.kept import KeptObserver
 from sparseloom.integrations.padding import PaddingReader
 from sparseloom.integrations.stats import LayerCounts
 from sparseloom.kernels import attention, choose_backend
@@ -171,16 +172,18 @@ def attention_function(
     elif isinstance(layer := site.cache, GenerationLayer):
         session = site.session
         site.hidden_states = site.rotary = site.cache = None
-        out, mask = generate_step(
+        out, kept = generate_step(
             layer,
             inputs,
             session.counts.setdefault(inputs.layer, LayerCounts()),
             backend=session.backend,
             dropout_p=dropout,
-            wants_mask=session.observer is not None,
+            observed=session.observer is not None,
         )
-        if session.observer is not None:
-            session.observer.on_attention(inputs, mask, out)
+        if session.observer is not None and kept is not None:
+            if isinstance(session.observer, KeptObserver):
+                session.observer.on_kept(kept)
+            session.observer.on_attention(inputs, kept.mask, out)
     else:
         site.hidden_states = site.rotary = site.cache = None  # keep no activations alive
         out = _run(site.session, inputs, dropout)

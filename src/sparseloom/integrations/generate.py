@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from sparseloom.integrations.generation import GenerationLayer
+from sparseloom.integrations.kept import Kept, kept_of_step
 from sparseloom.integrations.stats import LayerCounts
 from sparseloom.integrations.stored import Stored
 from sparseloom.kernels import AttentionOutput, DecodeOutput, attention, decode_attention
-from sparseloom.mask import SparseMask
-from sparseloom.methods.base import AttentionInputs
+from sparseloom.methods.base import AttentionInputs, Pruner
 from sparseloom.methods.generation import Reading, Run
 
 _NAMED_BACKENDS = ("cpu", "reference")
@@ -25,8 +25,8 @@ def generate_step(
     *,
     backend: str,
     dropout_p: float,
-    wants_mask: bool,
-) -> tuple[Tensor, SparseMask | None]:
+    observed: bool,
+) -> tuple[Tensor, Kept | None]:
     """One attention call of a model that generates: a prompt, or a step.
 
     Args:
@@ -35,11 +35,11 @@ def generate_step(
         counts: where it is counted.
         backend: of `sparsify`.
         dropout_p: attention dropout of the prompt.
-        wants_mask: whether to tell what a step read.
+        observed: whether to tell what the call read.
 
     Returns:
-        The output (batch, heads, q_len, head_dim), and the mask where it is wanted and the call
-        was not dense.
+        The output (batch, heads, q_len, head_dim), and what the call read where that is wanted;
+        it has a mask where the call was not dense.
 
     Raises:
         ValueError: the cache holds tokens that the method has not seen.
@@ -56,7 +56,7 @@ def generate_step(
     if new > 1 or new == total:
         out, name = _prompt(run, inputs, backend, dropout_p)
         counts.add(inputs, None, backend=name)
-        return out, None
+        return out, Kept(measured=run.needs_importance) if observed else None
     with torch.no_grad():
         reading = run.read(inputs)
     chosen = backend if backend in _NAMED_BACKENDS else "auto"
@@ -81,7 +81,17 @@ def generate_step(
         assert found.head_importance is not None
         run.observe(inputs, found.key_importance, found.head_importance)
     _count(counts, inputs, found, reading, stored, chosen)
-    return found.out, _mask(reading, inputs) if wants_mask else None
+    if not observed:
+        return found.out, None
+    assert found.stats is not None
+    return found.out, kept_of_step(
+        reading,
+        inputs,
+        found.stats,
+        stored,
+        cascades=isinstance(layer.shared.method, Pruner),
+        measured=run.needs_importance,
+    )
 
 
 def _prompt(
@@ -170,18 +180,3 @@ def _count(
         lists=reading.keep,
         backend=f"decode {backend}" if backend != "auto" else "decode",
     )
-
-
-def _mask(reading: Reading, inputs: AttentionInputs) -> SparseMask:
-    """What a step read, as a mask of one query."""
-    batch, kv_len = inputs.query.shape[0], inputs.key.shape[2]
-    heads = 1 if reading.keep is None else reading.keep.shape[1]
-    if reading.keep is None:
-        kept = torch.ones(batch, heads, kv_len, dtype=torch.bool, device=inputs.query.device)
-    else:
-        kept = torch.zeros(batch, heads, kv_len + 1, dtype=torch.bool, device=inputs.query.device)
-        places = reading.keep.where(reading.keep >= 0, kv_len)
-        kept = kept.scatter_(2, places, True)[..., :kv_len]
-    if inputs.key_padding is not None:
-        kept = kept & inputs.key_padding[:, None]
-    return SparseMask.from_bool(kept[:, :, None])

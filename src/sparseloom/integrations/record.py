@@ -15,8 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from sparseloom.integrations.describe import attention_modules, describe
 from sparseloom.integrations.huggingface import sparsify
+from sparseloom.integrations.kept import Kept, whole
 from sparseloom.mask import SparseMask
+from sparseloom.methods import Dense, SpAtten
 from sparseloom.methods.base import AttentionInputs, Method, Pruner
+from sparseloom.methods.generation import Generating
 from sparseloom.trace import (
     AttentionCall,
     MaskArrays,
@@ -26,6 +29,7 @@ from sparseloom.trace import (
     Trace,
     Workload,
 )
+from sparseloom.trace.ranking import with_ranking
 from sparseloom.trace.schema import Role
 
 _ACTIVATION = re.compile(r"GELU|SiLU|ReLU|Activation|Tanh|Sigmoid|Mish")
@@ -49,13 +53,18 @@ def record(
     methods on the same inputs share a workload:
     `Trace(a.workload, {**a.selections, **b.selections})`.
 
+    Of a method that prunes, a call says which tokens and heads were left, which keys a step of
+    generation read and how many of their values, at which widths, and which rows fetched the low
+    bits.  Where an encoder's sequence gets shorter, the workload is that of the whole sequence,
+    from a pass of its own, and what was pruned is in the selection.
+
     Args:
         model: a model that `sparsify` supports; runs in evaluation mode without gradients.
         method: what chooses the pairs.
         inputs: keyword arguments of the model's forward, as a tokenizer gives them.
         name: what to call the workload; default: the model's family and the input length.
         tensors: also keep query, key and value of every call in fp32, as `calls.3.query`; keys
-            and values are those of the whole cache.
+            and values are those of the whole cache, and 0 where a token or head was pruned.
         new_tokens: tokens to generate greedily after the prompt, one decode step each.
 
     Raises:
@@ -66,11 +75,11 @@ def record(
         raise ValueError(f"new_tokens must be 0 or more, got {new_tokens}")
     if new_tokens and not getattr(model, "can_generate", bool)():
         raise ValueError(f"new_tokens must be 0: {type(model).__name__} cannot generate")
-    if isinstance(method, Pruner):
-        raise NotImplementedError(
-            f"method: recording is not supported with {method.name}, whose sequence gets shorter"
-        )
     shape = describe(model)
+    generates = shape.is_causal and isinstance(method, Generating)
+    whole_run = None
+    if isinstance(method, Pruner) and not generates:  # whose sequence gets shorter
+        whole_run = record(model, Dense(), inputs, name=name).workload
     recorder = _Recorder(model, method, tensors)
     was_training = model.training
     model.eval()
@@ -86,15 +95,18 @@ def record(
         model.train(was_training)
     loss = getattr(outputs, "loss", None)
     quality = {} if loss is None else {"metric": "loss", "value": float(loss)}
-    calls = tuple(recorder.calls)
     length = next(operator.q_len for operator in recorder.operators if operator.is_attention)
-    workload = Workload(
+    workload = whole_run or Workload(
         model=shape,
         operators=tuple(recorder.operators),
         name=name or f"{shape.family}-{length}",
         paddings=tuple(recorder.paddings),
         source="sparseloom.record",
     )
+    calls = tuple(recorder.calls)
+    if any(call.tokens_alive is not None for call in calls):
+        fades = isinstance(method, SpAtten) and method.decay < 1
+        calls = with_ranking(workload, calls, rescales=fades)
     chosen = str(method)
     selection = Selection(chosen, calls, method.to_dict(), quality)
     return Trace(workload, {chosen: selection}, recorder.tensors)
@@ -116,6 +128,7 @@ class _Recorder:
         self._head = head if isinstance(head, nn.Module) else None
         self._batch = 1
         self._step = -1
+        self._kept: Kept | None = None
         self._products: dict[int, int] = {}  # layer → matrix products since its attention
         self._hooks = ExitStack()
 
@@ -132,6 +145,10 @@ class _Recorder:
 
     def __exit__(self, *error: object) -> None:
         self._hooks.close()
+
+    def on_kept(self, kept: Kept) -> None:
+        """What a pruning method left of the call that follows."""
+        self._kept = kept
 
     def on_attention(
         self, inputs: AttentionInputs, mask: SparseMask | None, output: Tensor
@@ -157,16 +174,22 @@ class _Recorder:
                 padding=self._padding(inputs.key_padding),
             )
         )
-        self.calls.append(
-            AttentionCall(
-                mask=None if mask is None else _arrays(mask, inputs.is_causal),
-                predictor=None if mask is None else _predictor(self._method),
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            self.calls.append(_pruned(kept, inputs.is_causal))
+        else:
+            self.calls.append(
+                AttentionCall(
+                    mask=None if mask is None else _arrays(mask, inputs.is_causal),
+                    predictor=None if mask is None else _predictor(self._method),
+                )
             )
-        )
         self._products[inputs.layer] = 0
         if self._keep_tensors:
             for name in ("query", "key", "value"):
                 tensor = getattr(inputs, name)
+                if kept is not None:
+                    tensor = whole(kept, tensor)
                 self.tensors[f"calls.{number}.{name}"] = tensor.float().cpu().numpy().copy()
 
     def _next_step(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -259,6 +282,29 @@ def _arrays(mask: SparseMask, is_causal: bool) -> MaskArrays:
         mask.kv_len,
         is_causal,
     )
+
+
+def _pruned(kept: Kept, is_causal: bool) -> AttentionCall:
+    """The call of a method that prunes; heads that some sequence has left are alive."""
+    high, low = kept.key_bits or (0, 0)
+    progressive = kept.threshold is not None
+    heads = None if kept.heads is None else kept.heads.any(0)
+    return AttentionCall(
+        mask=None if kept.mask is None else _arrays(kept.mask, is_causal),
+        value_counts=_plain(kept.value_counts),
+        key_bits=(high if progressive else high + low) or None,
+        value_bits=kept.value_bits,
+        lsb_bits=low if progressive else None,
+        lsb_threshold=kept.threshold,
+        lsb_refetch=_plain(kept.low_rows),
+        tokens_alive=_plain(kept.tokens),
+        heads_alive=None if heads is None or bool(heads.all()) else _plain(heads),
+        accumulates_importance=kept.measured,
+    )
+
+
+def _plain(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.cpu().numpy().copy()
 
 
 def _predictor(method: Method) -> PredictorShape | None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sparseloom.integrations.call import Session
 from sparseloom.integrations.encoder_layers import EncoderLayer, Heads, encoder_layers
+from sparseloom.integrations.kept import KeptObserver, kept_of_survivors
 from sparseloom.integrations.padding import PaddingReader
 from sparseloom.integrations.stats import LayerCounts, PrunedLayer
 from sparseloom.kernels import attention, choose_backend
@@ -129,7 +130,7 @@ class Shortening:
         if importance is not None:
             survivors = self.method.prune(inputs, *importance, cascade)
         heads_now = cascade.heads_alive
-        lengths = cascade.valid.sum(1)
+        lengths, places = cascade.valid.sum(1), cascade.positions
         slots = cascade.apply(survivors)
         context = out.transpose(1, 2)  # (B, n, h, D)
         if slots is not None:
@@ -138,8 +139,11 @@ class Shortening:
         states = layer.feed_forward(layer.join(layer.merge(context, heads), states))
         run.seen.append(before)
         self._count(index, inputs, backend, run, lengths, heads_now)
-        if self.session.observer is not None:
-            self.session.observer.on_attention(inputs, None, out)
+        if (observer := self.session.observer) is not None:
+            if isinstance(observer, KeptObserver):
+                kept = kept_of_survivors(before, measured=prunes, places=places, head_places=heads)
+                observer.on_kept(kept)
+            observer.on_attention(inputs, None, out)
         return states
 
     def _attention(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -20,7 +19,14 @@ from sparseloom.methods.cascade import Cascade
 from sparseloom.methods.cascade_steps import CascadeRun
 from sparseloom.methods.generation import Generating
 from sparseloom.methods.settings import check_at_least, check_choice
-from sparseloom.schedules import HEAD_FRONT, TOKEN_FRONT, front_layers, kept_counts, ratio_schedule
+from sparseloom.schedules import (
+    HEAD_FRONT,
+    TOKEN_FRONT,
+    check_fractions,
+    front_layers,
+    kept_counts,
+    kept_fractions,
+)
 
 Keep = float | tuple[float, ...] | None
 
@@ -84,7 +90,7 @@ class SpAtten(Pruner, Generating):
 
     def __post_init__(self) -> None:
         for name in ("token_keep", "head_keep"):
-            _check_keep(name, getattr(self, name))
+            check_fractions(name, getattr(self, name))
         for name in ("value_keep", "decay"):
             if not 0 < (share := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {share}")
@@ -113,8 +119,8 @@ class SpAtten(Pruner, Generating):
 
     def kept_heads(self, layers: int, heads: int) -> list[int]:
         """Heads that each layer computes."""
-        shares = _shares(
-            "head_keep", self.head_keep, layers, self.head_front, self.head_start_ratio
+        shares = kept_fractions(
+            "head_keep", self.head_keep, layers, self.head_front, start_ratio=self.head_start_ratio
         )
         return _counts(shares, heads)
 
@@ -193,32 +199,9 @@ class SpAtten(Pruner, Generating):
             else:
                 pruned = 1 - front_layers(layers, self.front) / layers
                 keep = 1 - min((1 - keep) * grown, LARGEST_RATIO * pruned)
-        return _shares("token_keep", keep, layers, self.front, self.start_ratio)
-
-
-def _shares(
-    name: str, keep: Keep, layers: int, front: float, start: float | None
-) -> Float64[np.ndarray, "layers"]:
-    """Kept share of each layer."""
-    if keep is None:
-        return np.ones(layers)
-    if not isinstance(keep, tuple):
-        return ratio_schedule(layers, keep, front, start_ratio=start)
-    if len(keep) != layers:
-        raise ValueError(f"{name} must have one share for each of {layers} layers, got {len(keep)}")
-    return np.array(keep)
+        return kept_fractions("token_keep", keep, layers, self.front, start_ratio=self.start_ratio)
 
 
 def _counts(shares: Float64[np.ndarray, "layers"], total: int) -> list[int]:
     """Whole numbers, at least one and never more than there are."""
     return np.minimum(kept_counts(shares, total), total).tolist()
-
-
-def _check_keep(name: str, keep: Keep) -> None:
-    shares = keep if isinstance(keep, tuple) else () if keep is None else (keep,)
-    if isinstance(keep, tuple) and not keep:
-        raise ValueError(f"{name} must name at least one share, got ()")
-    if any(not 0 < share <= 1 for share in shares):
-        raise ValueError(f"{name} must be in (0, 1], got {keep}")
-    if any(later > earlier for earlier, later in pairwise(shares)):
-        raise ValueError(f"{name} must not rise from layer to layer, got {keep}")

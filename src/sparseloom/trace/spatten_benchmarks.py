@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from sparseloom.schedules import HEAD_FRONT, TOKEN_FRONT, kept_counts, ratio_schedule
+from sparseloom.schedules import HEAD_FRONT, TOKEN_FRONT, kept_counts, kept_fractions
 from sparseloom.trace.index_models import IndexModel, Uniform, draw_tokens
 from sparseloom.trace.schema import (
     AttentionCall,
@@ -72,18 +72,14 @@ class Settings(_Data):
         """Tokens kept in each layer."""
         if self.tokens is not None:
             return self.tokens
-        if self.token_keep is None:
-            return (length,) * layers
-        fractions = ratio_schedule(layers, self.token_keep, TOKEN_FRONT)
+        fractions = kept_fractions("token_keep", self.token_keep, layers, TOKEN_FRONT)
         return tuple(kept_counts(fractions, length).tolist())
 
     def head_counts(self, layers: int, heads: int) -> tuple[int, ...]:
         """Heads kept in each layer."""
         if self.heads is not None:
             return self.heads
-        if self.head_keep is None:
-            return (heads,) * layers
-        fractions = ratio_schedule(layers, self.head_keep, HEAD_FRONT)
+        fractions = kept_fractions("head_keep", self.head_keep, layers, HEAD_FRONT)
         return tuple(kept_counts(fractions, heads).tolist())
 
     def refetched(self, step: int, layer: int) -> int:

@@ -90,6 +90,64 @@ def read(path: str | PathLike[str], *, name: str, heads: int | None) -> tuple[Wo
     return workload, Selection(name, tuple(calls), method)
 
 
+def write(path: str | PathLike[str], workload: Workload, selection: Selection) -> None:
+    """Write the generation steps of a selection; see `Trace.to_spatten_csv`."""
+    file = Path(path)
+    steps = [
+        (operator, call)
+        for operator, call in zip(workload.attention(), selection.calls, strict=True)
+        if operator.stage == "decode"
+    ]
+    if not steps:
+        raise TraceError(
+            f"{workload.name} has no generation steps, and the format knows nothing else"
+        )
+    numbers = {step: i for i, step in enumerate(sorted({op.step for op, _ in steps}))}
+    text = io.StringIO(newline="")
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow(_COLUMNS)
+    for operator, call in steps:
+        if operator.batch != 1 or operator.q_len != 1:
+            raise TraceError(
+                f"step {operator.step}, layer {operator.layer}: the format has one sequence and "
+                f"one query, got {operator.batch} and {operator.q_len}"
+            )
+        out.writerows(_lines(numbers[operator.step], operator, call, workload))
+    config = selection.method.get("config", selection.name)
+    if config:
+        out.writerow([config, *[""] * (len(_COLUMNS) - 1)])
+    data = text.getvalue().encode("utf-8")
+    file.write_bytes(gzip.compress(data, mtime=0) if file.suffix == ".gz" else data)
+
+
+def _lines(
+    step: int, operator: Operator, call: AttentionCall, workload: Workload
+) -> list[list[object]]:
+    """The rows of the heads that are alive; selection and rescaling stand on the last one."""
+    padding = workload.padding_of(operator)
+    keys = call.kept_pairs(operator, padding)[0]
+    values = call.value_pairs(operator, padding)[0]
+    low = np.zeros(operator.heads, np.bool_)
+    if call.lsb_refetch is not None:
+        low = call.lsb_refetch[0, :, 0]
+    alive = np.arange(operator.heads)
+    if call.heads_alive is not None:
+        alive = np.flatnonzero(call.heads_alive)
+    threshold = -1 if call.lsb_threshold is None else call.lsb_threshold
+    keep = -1 if call.token_keep is None else call.token_keep
+    found: list[list[object]] = []
+    for head in alive.tolist():
+        last = head == alive[-1]
+        found.append(
+            [step, operator.layer or 0, head, float(operator.head_dim), operator.kv_len,
+             int(keys[head]), call.key_bits or -1, call.query_bits or -1, threshold,
+             bool(low[head]), call.lsb_bits or -1, int(values[head]), call.value_bits or -1,
+             call.accumulates_importance, call.rescales_importance and last,
+             last and call.token_keep is not None, keep if last else -1]
+        )  # fmt: skip
+    return found
+
+
 def _stem(file: Path) -> str:
     return file.name.removesuffix(".gz").removesuffix(".csv")
 

@@ -125,6 +125,23 @@ class Trace:
         workload, selection = spatten_csv.read(path, name=name, heads=heads)
         return cls(workload, {name: selection})
 
+    def to_spatten_csv(self, path: str | PathLike[str], selection: str | None = None) -> None:
+        """Write the generation steps of a selection as the SpAtten authors' files have them.
+
+        Prompts are left out, and steps count from 0. Of which keys and values were kept, their
+        number is written; of query heads that share keys, each has its own row. Heads keep their
+        numbers. What `from_spatten_csv` reads comes out as it was, byte by byte.
+
+        Args:
+            path: the file; gzip where it ends in `.gz`.
+            selection: which one; None is the only one there is.
+
+        Raises:
+            TraceError: no generation steps, or more than one sequence.
+            ValueError: no such selection.
+        """
+        spatten_csv.write(path, self.workload, self.selection(selection))
+
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Trace)
