@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from jaxtyping import Int64
@@ -14,6 +14,8 @@ from torch import Tensor
 from sparseloom.kernels import DecodeStats
 from sparseloom.mask import SparseMask, allowed_pairs
 from sparseloom.methods.base import AttentionInputs
+
+_WAITING = 256  # steps whose counts are summed up together
 
 
 class LayerStats(TypedDict):
@@ -126,6 +128,23 @@ class PrunedLayer:
         return run, sum(self.lengths) * (4 * self.heads * one + rest)
 
 
+class StepShape(NamedTuple):
+    """What the steps of a layer have in common, as long as batch and cache keep their form."""
+
+    heads: tuple[int, int, int]  # batch, key/value heads, query heads of each
+    head_dim: int
+    value_dim: int
+    element_size: int
+    key_bits: tuple[int, int]
+    value_bits: int
+    progressive: bool
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of a token's keys and values in the model's type."""
+        return self.heads[1] * (self.head_dim + self.value_dim) * self.element_size
+
+
 @dataclass
 class CacheReads:
     """What steps of generation read of the cache of one layer; see `LayerStats`."""
@@ -156,9 +175,11 @@ class LayerCounts:
     quality: dict[str, list[Sequence[float]]] = field(default_factory=dict)
     pruned: Counter[str] = field(default_factory=Counter)
     read: CacheReads | None = None
+    _steps: list[tuple[StepShape, DecodeStats]] = field(default_factory=list)
 
     def row(self, layer: int, method: str) -> LayerStats:
         """The counts as a row of statistics."""
+        self._add_steps()
         row = LayerStats(
             layer=layer,
             method=method,
@@ -280,33 +301,54 @@ class LayerCounts:
         batch, heads, _, head_dim = inputs.query.shape
         kv_heads, kv_len = inputs.key.shape[1:3]
         assert inputs.value is not None
-        value_dim, size = inputs.value.shape[-1], inputs.query.element_size()
         valid = inputs.key_padding
         tokens = batch * kv_len if valid is None else int(valid.sum())
-        groups = (kv_heads, heads // kv_heads)
-        keys, values, low = (t[..., 0].unflatten(1, groups) for t in stats)  # (B, KV, G)
-        reads = self.read = self.read or CacheReads()
-        high = keys.amax(-1)
-        fetched = high * low.any(-1) if progressive else high
-        reads.steps += 1
-        reads.key_high_bytes += int(high.sum()) * head_dim * key_bits[0] / 8
-        reads.key_low_bytes += (more := int(fetched.sum()) * head_dim * key_bits[1] / 8)
-        value_bytes = int(values.sum(-1).minimum(high).sum()) * value_dim * value_bits / 8
-        reads.value_bytes += value_bytes
-        reads.dense_cache_bytes += tokens * kv_heads * (head_dim + value_dim) * size
-        reads.rows += int((keys > 0).sum())
-        reads.low_rows += int(low.sum()) if progressive else int((keys > 0).sum()) * (more > 0)
+        shape = StepShape(
+            (batch, kv_heads, heads // kv_heads), head_dim, inputs.value.shape[-1],
+            inputs.query.element_size(), key_bits, value_bits, progressive,
+        )  # fmt: skip
+        if self._steps and (len(self._steps) >= _WAITING or self._steps[0][0] != shape):
+            self._add_steps()
+        self._steps.append((shape, stats))
+        self.read = self.read or CacheReads()
+        self.read.steps += 1
+        self.read.dense_cache_bytes += tokens * shape.dense_bytes
         self.backend = backend
         self.calls += 1
-        self.kept += (kept := int(keys.sum()))
         self.allowed += tokens * heads
-        again = int((keys * low).sum()) if progressive else 0
-        self.attention_macs += (kept + again) * head_dim + int(values.sum()) * value_dim
-        self.dense_macs += tokens * heads * (head_dim + value_dim)
-        moved = int(high.sum()) * head_dim * key_bits[0] / 8 + more + value_bytes
-        self.bytes += int(moved) + size * batch * heads * (head_dim + value_dim)
+        self.dense_macs += tokens * heads * (head_dim + shape.value_dim)
+        self.bytes += shape.element_size * batch * heads * (head_dim + shape.value_dim)
         if lists is not None:
             self.bytes += lists.numel() * lists.element_size()
+
+    def _add_steps(self) -> None:
+        """Sum up what the steps read that wait to be: all at once, because each is so little."""
+        if not self._steps:
+            return
+        shape, reads = self._steps[0][0], self.read
+        assert reads is not None
+        keys, values, low = (
+            torch.stack(each)[..., 0].unflatten(2, shape.heads[1:])  # (steps, B, KV, G)
+            for each in zip(*(stats for _, stats in self._steps), strict=True)
+        )
+        self._steps.clear()
+        high = keys.amax(-1)
+        fetched = high * low.any(-1) if shape.progressive else high
+        high_bytes = int(high.sum()) * shape.head_dim * shape.key_bits[0] / 8
+        low_bytes = int(fetched.sum()) * shape.head_dim * shape.key_bits[1] / 8
+        read = int(values.sum(-1).minimum(high).sum())
+        value_bytes = read * shape.value_dim * shape.value_bits / 8
+        reads.key_high_bytes += high_bytes
+        reads.key_low_bytes += low_bytes
+        reads.value_bytes += value_bytes
+        rows = int((keys > 0).sum())
+        reads.rows += rows
+        reads.low_rows += int(low.sum()) if shape.progressive else rows * (low_bytes > 0)
+        self.kept += (kept := int(keys.sum()))
+        again = int((keys * low).sum()) if shape.progressive else 0
+        self.attention_macs += (kept + again) * shape.head_dim
+        self.attention_macs += int(values.sum()) * shape.value_dim
+        self.bytes += int(high_bytes + low_bytes + value_bytes)
 
 
 def kept_pairs(

@@ -63,6 +63,8 @@ class Stored:
     ) -> None:
         """Store more tokens; padding takes no part in the scales."""
         self._dtype = key.dtype
+        if self._append_within(key, value, valid):
+            return
         if self.value_bits is not None:
             self._value_scale = _grown(self._value_scale, value, self.value_bits, valid)
         if self.key_bits is None:
@@ -93,6 +95,17 @@ class Stored:
             key, value = self.floats()
             self._plain = key.index_select(0, indices), value.index_select(0, indices)
             self._used = -1
+
+    def _append_within(self, key: Tensor, value: Tensor, valid: Tensor | None) -> bool:
+        """Append to planes whose scales fit: what nearly every step of generation does."""
+        if self._planes is None or self.value_bits is None or valid is not None:
+            return False
+        planes = self._planes.append_within(key, value, value_bits=self.value_bits)
+        if planes is None:
+            return False
+        self._planes = planes
+        self.length += key.shape[2]
+        return True
 
     def _append_plain(self, key: Tensor, value: Tensor) -> None:
         end = self.length + key.shape[2]

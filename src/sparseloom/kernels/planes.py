@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Float, Int8, Integer, UInt8
 from torch import Tensor
 
+from sparseloom.kernels.cpu.store import can_store, store
 from sparseloom.quantize import join_planes, quantize, split_planes
 
 _NIBBLE = 4
@@ -172,6 +174,49 @@ class PlaneCache:
             self, key_msb=joined[0], value=joined[1], key_lsb=None if lsb is None else joined[2]
         )
         object.__setattr__(cache, "_room", room)
+        return cache
+
+    def append_within(
+        self,
+        key: Float[Tensor, "batch kv_heads new head_dim"],
+        value: Float[Tensor, "batch kv_heads new value_dim"],
+        *,
+        value_bits: int = 8,
+    ) -> PlaneCache | None:
+        """What ``append`` returns, in one pass of C++ without a single PyTorch operation on rows.
+
+        Args:
+            key, value: the new rows.
+            value_bits: bits that codes of values may use, up to 8.
+
+        Returns:
+            None where ``append`` has to do it: a number exceeds the scales, is not finite, or the
+            tensors are not such as C++ takes.
+        """
+        scale = self.value_scale
+        if scale is None or not (
+            can_store(key, self.key_scale, self.lsb_bits) and can_store(value, scale, 0)
+        ):
+            return None
+        length, end = self.length, self.length + key.shape[2]
+        room = self._room
+        if room is None or not room.takes(length, end):
+            old = [t for t in (self.key_msb, self.value, self.key_lsb) if t is not None]
+            room = _Room([_larger(tensor, max(end, 2 * length)) for tensor in old], length)
+        new = [buffer[:, :, length:end] for buffer in room.buffers]
+        bits, low = self.msb_bits + self.lsb_bits, new[2] if self.lsb_bits else None
+        if not store(key, self.key_scale, bits, new[0], low, self.lsb_bits):
+            return None
+        if not store(value, scale, value_bits, new[1]):
+            return None
+        room.used = end
+        front = [buffer[:, :, :end] for buffer in room.buffers]
+        cache = copy(self)
+        changed = {"key_msb": front[0], "value": front[1], "_room": room}
+        if self.lsb_bits:
+            changed["key_lsb"] = front[2]
+        for name, held in changed.items():
+            object.__setattr__(cache, name, held)
         return cache
 
     def _join(self, old: list[Tensor], new: list[Tensor]) -> tuple[_Room | None, list[Tensor]]:

@@ -117,9 +117,15 @@ def largest(
     if most <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     counts = counts[..., None].clamp(max=scores.shape[-1])
-    best = scores.topk(most, dim=-1).values
-    where = (counts - 1).clamp(min=0).expand(*scores.shape[:-1], 1)
-    kth = best[..., -1:] if bool((counts == most).all()) else best.gather(-1, where)
+    same = bool((counts == most).all())
+    best = scores.topk(most, dim=-1, sorted=not same).values
+    if same:
+        kth = best.amin(-1, keepdim=True)
+    else:
+        kth = best.gather(-1, (counts - 1).clamp(min=0).expand(*scores.shape[:-1], 1))
+    found = scores >= kth
+    if bool((found.sum(-1, keepdim=True) == counts).all()):  # no tie to break, no empty row
+        return found
     above = scores > kth
     ties = scores == kth
     room = counts - above.sum(-1, keepdim=True)

@@ -61,6 +61,7 @@ class CascadeRun(Run):
         self.tokens: Float[Tensor, "batch keys"] | None = None
         self.heads: Float[Tensor, "batch heads"] | None = None
         self.alive: Int64[Tensor, "batch kept"] | None = None
+        self._present: list[int] = []  # tokens alive in each sequence
         self.alive_heads: Bool[Tensor, "batch heads"] | None = None
 
     def prompt(
@@ -138,7 +139,9 @@ class CascadeRun(Run):
     def _add(self, key_importance: Tensor, head_importance: Tensor) -> None:
         found, heads = key_importance.detach().float().sum(1), head_importance.detach().float()
         kept = self.tokens
-        self.tokens = found if kept is None else longer(kept, found.shape[1]) + found
+        if kept is not None and kept.shape[1] < found.shape[1]:
+            kept = longer(kept, found.shape[1])
+        self.tokens = found if kept is None else kept + found
         self.heads = heads if self.heads is None else self.heads + heads
 
     def _prune_tokens(self, inputs: AttentionInputs) -> None:
@@ -149,7 +152,7 @@ class CascadeRun(Run):
         lengths = [kv_len] * batch if valid is None else valid.sum(-1).tolist()
         counts = [self._counts(length)[inputs.layer] for length in lengths]
         alive = self.alive
-        now = lengths if alive is None else (alive >= 0).sum(-1).tolist()
+        now = lengths if alive is None else self._present
         if all(count >= present for count, present in zip(counts, now, strict=True)):
             return
         scores = longer(self._scores(inputs), kv_len).clone()
@@ -157,17 +160,16 @@ class CascadeRun(Run):
             first = 0 if valid is None else valid.int().argmax(-1)
             scores[torch.arange(batch, device=scores.device), first] = torch.inf
         if recent := min(self._forced[1], kv_len):
-            above = torch.linspace(0.5, 1.0, recent, device=scores.device)
-            scores[:, -recent:] = above * torch.finfo(scores.dtype).max
+            if recent > 1:
+                above = torch.linspace(0.5, 1.0, recent, device=scores.device)
+                scores[:, -recent:] = above * torch.finfo(scores.dtype).max
             scores[:, -1] = torch.inf
         if alive is not None:
             scores = scores.gather(1, alive.clamp(min=0)).masked_fill(alive < 0, -torch.inf)
         elif valid is not None:
             scores = scores.masked_fill(~valid, -torch.inf)
-        wanted = torch.tensor(
-            [min(pair) for pair in zip(counts, now, strict=True)], device=scores.device
-        )
-        kept = largest(scores, wanted)[:, None]
+        self._present = [min(pair) for pair in zip(counts, now, strict=True)]
+        kept = largest(scores, torch.tensor(self._present, device=scores.device))[:, None]
         self.alive = listed(kept, None if alive is None else alive[:, None])[:, 0]
 
     def _prune_heads(self, inputs: AttentionInputs) -> None:

@@ -119,13 +119,16 @@ def listed(
         kept: which columns stay.
         positions: what the columns are; None = their own numbers.
     """
+    places = kept.flatten().nonzero()[:, 0]
+    found = places % kept.shape[-1] if positions is None else positions.flatten()[places]
+    rows = kept.shape[:-1]
+    if rows.numel() == 1:
+        return found.view(*rows, -1)
     counts = kept.sum(-1)
     width = int(counts.max())
-    columns = kept.nonzero()[:, -1]
-    found = columns if positions is None else positions[kept]
     if bool((counts == width).all()):
-        return found.view(*kept.shape[:-1], width)
-    out = kept.new_full((*kept.shape[:-1], width), -1, dtype=torch.int64)
+        return found.view(*rows, width)
+    out = kept.new_full((*rows, width), -1, dtype=torch.int64)
     out[torch.arange(width, device=kept.device) < counts[..., None]] = found
     return out
 

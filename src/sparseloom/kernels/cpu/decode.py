@@ -9,16 +9,8 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from sparseloom.kernels.cpu import native
+from sparseloom.kernels.cpu.cached import FLOATS, NO_TENSOR, cached, factors
 from sparseloom.kernels.planes import PlaneCache
-
-# The numbers of `Element` in csrc/decode/decode.hpp, and bytes.
-_ELEMENTS = {
-    torch.float32: (0, 4), torch.bfloat16: (1, 2), torch.float16: (2, 2), torch.int8: (3, 1),
-    torch.int16: (4, 2), torch.uint8: (5, 1),
-}  # fmt: skip
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_NO_FACTORS = (0, 0, 0, 0, 0)
-_NO_TENSOR = (0, 0, 0, 0, 0)
 
 
 class DecodeCall(NamedTuple):
@@ -64,7 +56,7 @@ def refusal(call: DecodeCall) -> str | None:
         return "torch.compile cannot trace it"
     if not call.query.is_cpu:
         return f"the tensors are on {call.query.device}"
-    if call.query.dtype not in _FLOATS:
+    if call.query.dtype not in FLOATS:
         return f"it computes in fp32, not for {call.query.dtype}"
     planes = call.planes
     if planes is not None:
@@ -85,7 +77,7 @@ def refusal(call: DecodeCall) -> str | None:
 
 def _refused_planes(planes: PlaneCache) -> str | None:
     msb, lsb, value = planes.key_msb, planes.key_lsb, planes.value
-    if value.dtype not in (torch.int8, *_FLOATS):
+    if value.dtype not in (torch.int8, *FLOATS):
         return f"values must be int8, fp32, bf16 or fp16, got {value.dtype}"
     if msb.dtype not in (torch.int8, torch.int16):
         return f"the high plane must be int8 or int16, got {msb.dtype}"
@@ -115,7 +107,7 @@ def decode(call: DecodeCall) -> DecodeResult | int:
     query, planes, keep = call.query, call.planes, call.keep
     (batch, heads, q_len, head_dim), (kv_heads, kv_len) = query.shape, call.key.shape[1:3]
     value_dim = call.value.shape[3]
-    # Whatever `_cached` copies has to stay alive during the call.
+    # Whatever `cached` copies has to stay alive during the call.
     query = _dense(query)
     key_low, low_bits, fill = None, 0, 0
     key_scale = value_scale = None
@@ -146,12 +138,12 @@ def decode(call: DecodeCall) -> DecodeResult | int:
         refetched = torch.empty_like(keys_read, dtype=torch.bool)
     wrong: int = native.library().decode(
         (batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim),
-        _cached(query),
-        _cached(key),
-        _NO_TENSOR if key_low is None else _cached(key_low),
-        _cached(value),
-        _factors(key_scale),
-        _factors(value_scale),
+        cached(query),
+        cached(key),
+        NO_TENSOR if key_low is None else cached(key_low),
+        cached(value),
+        factors(key_scale),
+        factors(value_scale),
         (0, False, 0, 0)
         if keep is None
         else (keep.data_ptr(), keep.dtype == torch.int64, keep.shape[1], keep.shape[2]),
@@ -186,24 +178,3 @@ def _dense(tensor: Tensor) -> Tensor:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _cached(tensor: Tensor) -> tuple[int, int, int, int, int]:
-    """Address, element type, and the strides of batch, head and row in bytes."""
-    element, size = _ELEMENTS[tensor.dtype]
-    batch, head, row, _ = tensor.stride()
-    return tensor.data_ptr(), element, batch * size, head * size, row * size
-
-
-def _factors(scale: Tensor | None) -> tuple[int, int, int, int, int]:
-    """Address and element strides, 0 where one factor is shared."""
-    if scale is None:
-        return _NO_FACTORS
-    shape, strides = scale.shape, scale.stride()
-    return (
-        scale.data_ptr(),
-        strides[0] if shape[0] > 1 else 0,
-        strides[1] if shape[1] > 1 else 0,
-        strides[2] if shape[2] > 1 else 0,
-        strides[3] if shape[3] > 1 else 0,
-    )

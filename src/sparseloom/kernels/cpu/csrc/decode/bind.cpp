@@ -2,6 +2,7 @@
 #include <nanobind/stl/tuple.h>
 
 #include "decode/decode.hpp"
+#include "decode/store.hpp"
 
 namespace nb = nanobind;
 
@@ -71,8 +72,28 @@ int64_t run(PySizes sizes, PyCached query, PyCached key, PyCached key_low, PyCac
   return decode(call);
 }
 
+// batch, heads, rows, dim; bits and how many of them are in the low plane
+using PyRows = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+using PyBits = std::tuple<int, int>;
+
+bool run_store(PyRows sizes, PyCached from, PyFactors scale, PyBits bits, PyCached high,
+               PyCached low) {
+  Store call;
+  std::tie(call.batch, call.heads, call.rows, call.dim) = sizes;
+  call.from = cached(from);
+  call.scale = factors(scale);
+  std::tie(call.bits, call.low_bits) = bits;
+  call.high = cached(high);
+  call.low = cached(low);
+  const nb::gil_scoped_release release;
+  return store(call);
+}
+
 }  // namespace
 
-void bind_decode(nb::module_& m) { m.def("decode", run); }
+void bind_decode(nb::module_& m) {
+  m.def("decode", run);
+  m.def("store", run_store);
+}
 
 }  // namespace sparseloom
