@@ -61,6 +61,8 @@ def test_an_odd_width_and_several_rows_at_once() -> None:
     )
     assert ours is not None
     assert torch.equal(ours.key_msb, wanted.key_msb)
+    assert ours.key_lsb is not None
+    assert wanted.key_lsb is not None
     assert torch.equal(ours.key_lsb, wanted.key_lsb)
 
 
