@@ -111,7 +111,7 @@ def _stepper(
         for number, layer in enumerate(layers):
             layer.reads_planes = True
             inputs = _inputs(number, query, *layer.update(key, value))
-            generate_step(layer, inputs, counts, backend="auto", dropout_p=0.0, wants_mask=False)
+            generate_step(layer, inputs, counts, backend="auto", dropout_p=0.0, observed=False)
 
     return run
 
