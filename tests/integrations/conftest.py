@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from sparseloom.mask import SparseMask
 from sparseloom.methods import AttentionInputs, Selector
@@ -87,6 +88,40 @@ def real_outputs(output: Tensor, inputs: dict[str, Tensor]) -> Tensor:
     return output[inputs["attention_mask"].bool()]
 
 
+def ids_of(length: int = 24, batch: int = 1) -> Tensor:
+    """Random tokens, the same ones every time."""
+    return torch.randint(3, 61, (batch, length), generator=torch.Generator().manual_seed(2))
+
+
+@torch.no_grad()
+def follow(
+    model: nn.Module,
+    ids: Tensor,
+    cache: DynamicCache,
+    *,
+    prompt: int = 16,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Logits of the prompt's last token and of every step that is given the text's next token."""
+    seen = cache.get_seq_length()
+    full = torch.ones_like(ids) if mask is None else mask
+    spans = [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]
+    found = []
+    for first, last in spans:
+        if last <= seen:
+            continue
+        positions = (full[:, :last].cumsum(-1) - 1).clamp(min=0)[:, first:]
+        out = model(
+            input_ids=ids[:, first:last],
+            attention_mask=None if mask is None else mask[:, :last],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        found.append(out.logits[:, -1])
+    return torch.stack(found, 1)
+
+
 @dataclass(frozen=True)
 class Everything(Selector):
     """Selects all pairs, so that the sparse path runs at density 1."""
@@ -105,6 +140,8 @@ def zoo() -> SimpleNamespace:
         build=build,
         inputs=inputs_for,
         real=real_outputs,
+        ids=ids_of,
+        follow=follow,
         everything=Everything(),
         families=FAMILIES,
         is_old=IS_OLD,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
@@ -10,7 +9,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, StaticCache
 
 import sparseloom as sl
@@ -72,46 +71,10 @@ EVERYTHING = Cascade(
 PROMPT = 16
 
 
-def ids_of(length: int = 24, batch: int = 1) -> Tensor:
-    return torch.randint(3, 61, (batch, length), generator=torch.Generator().manual_seed(2))
-
-
-@torch.no_grad()
-def follow(
-    model: nn.Module,
-    ids: Tensor,
-    cache: DynamicCache,
-    *,
-    prompt: int = PROMPT,
-    mask: Tensor | None = None,
-    between: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Logits of the prompt's last token and of every step that is given the text's next token."""
-    seen = cache.get_seq_length()
-    full = torch.ones_like(ids) if mask is None else mask
-    spans = [(0, prompt), *((i, i + 1) for i in range(prompt, ids.shape[1]))]
-    found = []
-    for first, last in spans:
-        if last <= seen:
-            continue
-        positions = (full[:, :last].cumsum(-1) - 1).clamp(min=0)[:, first:]
-        out = model(
-            input_ids=ids[:, first:last],
-            attention_mask=None if mask is None else mask[:, :last],
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        found.append(out.logits[:, -1])
-        if between is not None:
-            between(last)
-    return torch.stack(found, 1)
-
-
 def test_keeping_everything_is_dense_token_for_token(
     zoo: SimpleNamespace, causal_family: str
 ) -> None:
-    model, ids = zoo.build(causal_family), ids_of(12)
+    model, ids = zoo.build(causal_family), zoo.ids(12)
     method = Cascade(key_bits=(12, 4), threshold=0.1)
     settings: dict[str, Any] = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
     settings["attention_mask"] = torch.ones_like(ids)
@@ -165,10 +128,10 @@ def test_steps_are_those_of_the_published_algorithm(
     zoo: SimpleNamespace, family: str, method: Cascade
 ) -> None:
     """SpAtten (HPCA 2021), Algorithms 1 and 2 with §III-C and §III-D, one loop for each of them."""
-    model, ids, cache = zoo.build(family), ids_of(), DynamicCache()
+    model, ids, cache = zoo.build(family), zoo.ids(), DynamicCache()
     seen = Seen(cache, [])
     with sl.sparsify(model, method, observer=seen) as sparse:
-        follow(model, ids, cache)
+        zoo.follow(model, ids, cache)
     low_rows = 0
     tokens, heads = np.zeros(0), np.zeros(4)
     alive: list[int] = []
@@ -235,53 +198,53 @@ def test_steps_are_those_of_the_published_algorithm(
 def test_a_batch_is_its_sequences(zoo: SimpleNamespace, side: str) -> None:
     model, lengths = zoo.build("llama"), [PROMPT, 11, 6]
     steps = 6
-    rows = [ids_of(n + steps)[0] for n in lengths]
+    rows = [zoo.ids(n + steps)[0] for n in lengths]
     ids, mask = torch.zeros(3, PROMPT + steps).long(), torch.zeros(3, PROMPT + steps).long()
     for b, (n, row) in enumerate(zip(lengths, rows, strict=True)):
         prompt = slice(PROMPT - n, PROMPT) if side == "left" else slice(0, n)
         ids[b, prompt], mask[b, prompt] = row[:n], 1
         ids[b, PROMPT:], mask[b, PROMPT:] = row[n:], 1
     with sl.sparsify(model, EVERYTHING):
-        together = follow(model, ids, DynamicCache(), mask=mask)[:, 1:]
+        together = zoo.follow(model, ids, DynamicCache(), mask=mask)[:, 1:]
         for b, (n, row) in enumerate(zip(lengths, rows, strict=True)):
-            alone = follow(model, row[None], DynamicCache(), prompt=n)[:, 1:]
+            alone = zoo.follow(model, row[None], DynamicCache(), prompt=n)[:, 1:]
             assert torch.allclose(together[b], alone[0], atol=1e-5 * float(alone.abs().max()))
 
 
 def test_reordered_batches_go_on_as_their_sequences(zoo: SimpleNamespace) -> None:
-    model, ids, order = zoo.build("llama"), ids_of(batch=3), torch.tensor([2, 2, 0])
+    model, ids, order = zoo.build("llama"), zoo.ids(batch=3), torch.tensor([2, 2, 0])
     with sl.sparsify(model, EVERYTHING):
         cache = DynamicCache()
-        follow(model, ids[:, :20], cache)
+        zoo.follow(model, ids[:, :20], cache)
         cache.reorder_cache(cast("torch.LongTensor", order))
-        found = follow(model, ids[order], cache)
-        assert torch.allclose(found, follow(model, ids, DynamicCache())[order, -4:], atol=1e-4)
+        found = zoo.follow(model, ids[order], cache)
+        assert torch.allclose(found, zoo.follow(model, ids, DynamicCache())[order, -4:], atol=1e-4)
         cache.batch_select_indices(torch.tensor([2]))
         cache.batch_repeat_interleave(2)
         more = torch.cat([ids[:1], ids[:1, :1]], 1).expand(2, -1)
-        found = follow(model, more, cache)
-        assert torch.allclose(found, follow(model, more[:1], DynamicCache())[:, -1:], atol=1e-4)
+        found = zoo.follow(model, more, cache)
+        assert torch.allclose(found, zoo.follow(model, more[:1], DynamicCache())[:, -1:], atol=1e-4)
 
 
 @pytest.mark.parametrize("method", [EVERYTHING, Cascade(tokens=(0.6, 0.3))], ids=["all", "tokens"])
 def test_cropped_steps_leave_no_trace(zoo: SimpleNamespace, method: Cascade) -> None:
-    model, ids, cache = zoo.build("gpt2"), ids_of(), DynamicCache()
+    model, ids, cache = zoo.build("gpt2"), zoo.ids(), DynamicCache()
     other = torch.cat([ids[:, :19], ids[:, 2:5]], 1)
     plain = replace(method, key_bits=None, value_bits=None, threshold=None)
     with sl.sparsify(model, plain):  # the scales of codes remember, as they are meant to
-        wanted = follow(model, ids, DynamicCache())
-        follow(model, other, cache)
+        wanted = zoo.follow(model, ids, DynamicCache())
+        zoo.follow(model, other, cache)
         cache.crop(-3)
         assert cache.get_seq_length() == 19
-        assert torch.allclose(follow(model, ids, cache), wanted[:, -5:], atol=1e-5)
+        assert torch.allclose(zoo.follow(model, ids, cache), wanted[:, -5:], atol=1e-5)
 
 
 def test_compiled_and_reference_backends_agree(zoo: SimpleNamespace) -> None:
-    model, ids = zoo.build("llama"), ids_of()
+    model, ids = zoo.build("llama"), zoo.ids()
     with sl.sparsify(model, EVERYTHING, backend="cpu") as fast:
-        found = follow(model, ids, DynamicCache())
+        found = zoo.follow(model, ids, DynamicCache())
     with sl.sparsify(model, EVERYTHING, backend="reference") as slow:
-        wanted = follow(model, ids, DynamicCache())
+        wanted = zoo.follow(model, ids, DynamicCache())
     assert torch.allclose(found, wanted, atol=1e-4)
     for row, other in zip(fast.stats(), slow.stats(), strict=True):
         assert row["value_bytes"] == other["value_bytes"]
@@ -293,7 +256,7 @@ def test_bytes_read(zoo: SimpleNamespace) -> None:
     model = zoo.build("llama")
     method = Cascade(tokens=(1.0, 0.5), key_bits=(6, 4), value_bits=8, threshold=0.0)
     with sl.sparsify(model, method) as sparse:
-        follow(model, ids_of(20), DynamicCache(), prompt=19)
+        zoo.follow(model, zoo.ids(20), DynamicCache(), prompt=19)
     first, second = sparse.stats()
     assert (first["steps"], first["dense_calls"], first["calls"]) == (1, 1, 2)
     assert first["key_high_bytes"] == 20 * 2 * 8 * 6 / 8
@@ -303,7 +266,7 @@ def test_bytes_read(zoo: SimpleNamespace) -> None:
     assert second["key_high_bytes"] == 10 * 2 * 8 * 6 / 8
     assert (second["rows"], second["low_rows"]) == (4, 0)
     with sl.sparsify(model, Cascade(key_bits=(6, 4), threshold=1.0, value_keep=0.1)) as sparse:
-        follow(model, ids_of(20), DynamicCache(), prompt=19)
+        zoo.follow(model, zoo.ids(20), DynamicCache(), prompt=19)
     first = sparse.stats()[0]
     assert first["key_low_bytes"] == 20 * 2 * 8 * 4 / 8
     assert first["low_rows"] == 4
@@ -311,31 +274,31 @@ def test_bytes_read(zoo: SimpleNamespace) -> None:
 
 
 def test_the_cache_is_of_use_outside(zoo: SimpleNamespace) -> None:
-    model, ids = zoo.build("llama"), ids_of()
-    wanted = follow(model, ids, DynamicCache())
+    model, ids = zoo.build("llama"), zoo.ids()
+    wanted = zoo.follow(model, ids, DynamicCache())
     cache = DynamicCache()
     with sl.sparsify(model, Cascade(key_bits=(12, 4), value_bits=8)):
-        follow(model, ids[:, :20], cache)
+        zoo.follow(model, ids[:, :20], cache)
     assert isinstance(cache.layers[0], GenerationLayer)
-    error = follow(model, ids, cache) - wanted[:, -4:]
+    error = zoo.follow(model, ids, cache) - wanted[:, -4:]
     assert error.abs().max() < 0.02 * wanted.abs().max()
 
 
 def test_caches_with_a_past_are_refused(zoo: SimpleNamespace) -> None:
-    model, ids, cache = zoo.build("llama"), ids_of(), DynamicCache()
-    follow(model, ids[:, :20], cache)
+    model, ids, cache = zoo.build("llama"), zoo.ids(), DynamicCache()
+    zoo.follow(model, ids[:, :20], cache)
     with (
         sl.sparsify(model, EVERYTHING),
         pytest.raises(ValueError, match="holds 20 tokens that method 'cascade' has not seen"),
     ):
-        follow(model, ids, cache)
+        zoo.follow(model, ids, cache)
     static = StaticCache(config=model.config, max_cache_len=32)
     with sl.sparsify(model, EVERYTHING), pytest.raises(NotImplementedError, match="static"):
         model(input_ids=ids, past_key_values=static)
 
 
 def test_without_a_cache_everything_is_read(zoo: SimpleNamespace) -> None:
-    model, ids = zoo.build("llama"), ids_of()
+    model, ids = zoo.build("llama"), zoo.ids()
     wanted = model(input_ids=ids, use_cache=False).logits
     with sl.sparsify(model, EVERYTHING):
         assert torch.allclose(model(input_ids=ids, use_cache=False).logits, wanted, atol=1e-5)

@@ -11,6 +11,7 @@ import torch
 
 from sparseloom.mask import SparseMask
 from sparseloom.methods import (
+    H2O,
     METHODS,
     Attender,
     AttentionGate,
@@ -30,12 +31,15 @@ from sparseloom.methods import (
     Oracle,
     Performer,
     Predictor,
+    Quest,
     RandomMask,
     Reformer,
     Selector,
     Sinkhorn,
     SlidingWindow,
+    SnapKV,
     SpAtten,
+    StreamingLLM,
     Strided,
     Synthesizer,
     format_method,
@@ -143,6 +147,10 @@ EXAMPLES: dict[str, list[Method]] = {
         SpAtten(token_keep=(1.0, 0.5), head_keep=None, value_keep=0.3, key_bits=(8, 4)),
         SpAtten(token_keep=None, granularity="head", keep_first=False, reference_length=64),
     ],
+    "h2o": [H2O(), H2O(heavy_keep=64, recent_keep=0.25)],
+    "streaming": [StreamingLLM(), StreamingLLM(sinks=0, window=0.5)],
+    "snapkv": [SnapKV(), SnapKV(token_keep=512, window=16, kernel=7, pooling="max")],
+    "quest": [Quest(), Quest(token_keep=1024, page_size=8, dense_layers=0, mask_heads="kv")],
 }
 CASES = [
     pytest.param(method, id=format_method(method))
@@ -386,6 +394,14 @@ def test_shape_counts_the_allowed_pairs() -> None:
         ("spatten:head_keep=0.5x0.9", "head_keep must not rise from layer to layer"),
         ("spatten:granularity=token", "granularity must be one of 'layer', 'head', got 'token'"),
         ("spatten:value_keep=0", r"value_keep must be in \(0, 1\], got 0.0"),
+        ("h2o:heavy_keep=1.5", r"heavy_keep must be a share in \[0, 1\] or a whole number above 1"),
+        ("h2o:recent_keep=inf", r"recent_keep must be a share in \[0, 1\] or a whole number"),
+        ("streaming:sinks=-1", "sinks must be an integer of at least 0, got -1"),
+        ("streaming:positions=both", "positions must be one of 'text', 'cache', got 'both'"),
+        ("snapkv:kernel=4", "kernel must be odd, got 4"),
+        ("snapkv:token_keep=20", "token_keep must be at least the window of 32 tokens, got 20.0"),
+        ("quest:page_size=0", "page_size must be an integer of at least 1, got 0"),
+        ("quest:mask_heads=one", "mask_heads must be one of 'query', 'kv', got 'one'"),
         ("random:seed=-1", "seed must be an integer of at least 0, got -1"),
     ],
 )

@@ -179,4 +179,6 @@ def _count(
         progressive=reading.progressive is not None,
         lists=reading.keep,
         backend=f"decode {backend}" if backend != "auto" else "decode",
+        index_bytes=reading.index_bytes,
+        prediction_macs=reading.prediction_macs,
     )

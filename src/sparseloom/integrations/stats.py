@@ -51,6 +51,7 @@ class LayerStats(TypedDict):
         key_high_bytes, key_low_bytes, value_bytes: what they read of keys and values, at stored
             widths: a key/value head's key once for all its queries; its value at most once.  Keys
             that are not split count as high.
+        index_bytes: summaries of the cache that were read in order to choose.
         dense_cache_bytes: all keys and values that are not padding, in the model's type.
         rows, low_rows: (head, query) pairs that read anything, and those that fetched low bits.
     """
@@ -86,6 +87,7 @@ class LayerStats(TypedDict):
     key_high_bytes: NotRequired[float]
     key_low_bytes: NotRequired[float]
     value_bytes: NotRequired[float]
+    index_bytes: NotRequired[int]
     dense_cache_bytes: NotRequired[int]
     rows: NotRequired[int]
     low_rows: NotRequired[int]
@@ -153,6 +155,7 @@ class CacheReads:
     key_high_bytes: float = 0.0
     key_low_bytes: float = 0.0
     value_bytes: float = 0.0
+    index_bytes: int = 0
     dense_cache_bytes: int = 0
     rows: int = 0
     low_rows: int = 0
@@ -175,7 +178,7 @@ class LayerCounts:
     quality: dict[str, list[Sequence[float]]] = field(default_factory=dict)
     pruned: Counter[str] = field(default_factory=Counter)
     read: CacheReads | None = None
-    _steps: list[tuple[StepShape, DecodeStats]] = field(default_factory=list)
+    _steps: list[tuple[StepShape, DecodeStats, Tensor | None]] = field(default_factory=list)
 
     def row(self, layer: int, method: str) -> LayerStats:
         """The counts as a row of statistics."""
@@ -286,6 +289,8 @@ class LayerCounts:
         progressive: bool,
         lists: Tensor | None,
         backend: str,
+        index_bytes: int = 0,
+        prediction_macs: int = 0,
     ) -> None:
         """Count one step of generation.
 
@@ -297,6 +302,8 @@ class LayerCounts:
             progressive: whether low planes were read on demand only.
             lists: the positions that were read, if not all.
             backend: what computed it.
+            index_bytes: summaries that were read in order to choose.
+            prediction_macs: spent on choosing.
         """
         batch, heads, _, head_dim = inputs.query.shape
         kv_heads, kv_len = inputs.key.shape[1:3]
@@ -309,15 +316,18 @@ class LayerCounts:
         )  # fmt: skip
         if self._steps and (len(self._steps) >= _WAITING or self._steps[0][0] != shape):
             self._add_steps()
-        self._steps.append((shape, stats))
+        self._steps.append((shape, stats, _union(lists, shape.heads, kv_len)))
         self.read = self.read or CacheReads()
         self.read.steps += 1
+        self.read.index_bytes += index_bytes
         self.read.dense_cache_bytes += tokens * shape.dense_bytes
         self.backend = backend
         self.calls += 1
         self.allowed += tokens * heads
         self.dense_macs += tokens * heads * (head_dim + shape.value_dim)
+        self.prediction_macs += prediction_macs
         self.bytes += shape.element_size * batch * heads * (head_dim + shape.value_dim)
+        self.bytes += index_bytes
         if lists is not None:
             self.bytes += lists.numel() * lists.element_size()
 
@@ -329,10 +339,14 @@ class LayerCounts:
         assert reads is not None
         keys, values, low = (
             torch.stack(each)[..., 0].unflatten(2, shape.heads[1:])  # (steps, B, KV, G)
-            for each in zip(*(stats for _, stats in self._steps), strict=True)
+            for each in zip(*(stats for _, stats, _ in self._steps), strict=True)
         )
+        high = keys.amax(-1)  # queries that share a key/value head read the same keys, or none
+        unions = [union for _, _, union in self._steps]
+        if any(union is not None for union in unions):  # or each its own
+            pairs = zip(high, unions, strict=True)
+            high = torch.stack([same if union is None else union for same, union in pairs])
         self._steps.clear()
-        high = keys.amax(-1)
         fetched = high * low.any(-1) if shape.progressive else high
         high_bytes = int(high.sum()) * shape.head_dim * shape.key_bits[0] / 8
         low_bytes = int(fetched.sum()) * shape.head_dim * shape.key_bits[1] / 8
@@ -349,6 +363,18 @@ class LayerCounts:
         self.attention_macs += (kept + again) * shape.head_dim
         self.attention_macs += int(values.sum()) * shape.value_dim
         self.bytes += int(high_bytes + low_bytes + value_bytes)
+
+
+def _union(
+    lists: Int64[Tensor, "batch list_heads kept"] | None, heads: tuple[int, int, int], kv_len: int
+) -> Int64[Tensor, "batch kv_heads"] | None:
+    """Keys that each key/value head reads for any of its queries; None where they have one list."""
+    batch, kv_heads, group = heads
+    if lists is None or group == 1 or lists.shape[1] <= kv_heads:
+        return None
+    read = lists.new_zeros((batch, kv_heads, kv_len + 1), dtype=torch.bool)
+    read.scatter_(2, lists.where(lists >= 0, kv_len).view(batch, kv_heads, -1), True)
+    return read[..., :kv_len].sum(-1)
 
 
 def kept_pairs(

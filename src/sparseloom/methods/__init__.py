@@ -17,6 +17,8 @@ from sparseloom.methods.blocklocal import BlockLocal
 from sparseloom.methods.dense import Dense
 from sparseloom.methods.dynamic import DynamicSparse
 from sparseloom.methods.gate import AttentionGate
+from sparseloom.methods.generation import Generating, Reading, Run
+from sparseloom.methods.h2o import H2O
 from sparseloom.methods.indexer import LightningIndexer
 from sparseloom.methods.learned import Learned, MethodShape, Predicting
 from sparseloom.methods.linear import LinearAttention
@@ -26,19 +28,23 @@ from sparseloom.methods.oracle import Oracle
 from sparseloom.methods.performer import Performer
 from sparseloom.methods.predictor import LayerPredictor, Predictor, PredictorKeys
 from sparseloom.methods.quality import overlap, retained_mass
+from sparseloom.methods.quest import Quest
 from sparseloom.methods.random_mask import RandomMask
 from sparseloom.methods.reformer import Reformer
 from sparseloom.methods.registry import METHODS, format_method, method_names, parse_method
 from sparseloom.methods.selection import budgets, threshold_mask, topk_mask
 from sparseloom.methods.sinkhorn import Sinkhorn
+from sparseloom.methods.snapkv import SnapKV
 from sparseloom.methods.sparse_transformer import Fixed, Strided
 from sparseloom.methods.spatten import SpAtten
+from sparseloom.methods.streaming import StreamingLLM
 from sparseloom.methods.synthesizer import Synthesizer
 from sparseloom.methods.thresholds import calibrate_thresholds
 from sparseloom.methods.window import SlidingWindow
 
 __all__ = [
     "ARENA",
+    "H2O",
     "METHODS",
     "Attender",
     "AttentionGate",
@@ -49,6 +55,7 @@ __all__ = [
     "Dense",
     "DynamicSparse",
     "Fixed",
+    "Generating",
     "LayerPredictor",
     "LayerState",
     "Learned",
@@ -64,12 +71,17 @@ __all__ = [
     "Predictor",
     "PredictorKeys",
     "Pruner",
+    "Quest",
     "RandomMask",
+    "Reading",
     "Reformer",
+    "Run",
     "Selector",
     "Sinkhorn",
     "SlidingWindow",
+    "SnapKV",
     "SpAtten",
+    "StreamingLLM",
     "Strided",
     "Survivors",
     "Synthesizer",

@@ -8,7 +8,6 @@ stay in the cache.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,9 +16,7 @@ from torch import Tensor
 
 from sparseloom.methods.base import AttentionInputs
 from sparseloom.methods.cascade import largest
-from sparseloom.methods.generation import Change, Reading, Run, listed, longer
-
-_REMEMBERED = 16  # steps that can be taken back exactly
+from sparseloom.methods.generation import History, Reading, Run, every_token, listed, longer
 
 
 class CascadeRun(Run):
@@ -57,7 +54,7 @@ class CascadeRun(Run):
         self._options = (None if value_keep >= 1 else value_keep, threshold)
         self._decay, self._forced = decay, (keep_first, recent)
         self._schedules: dict[int, Sequence[int]] = {}
-        self._earlier: deque[tuple[int, Tensor | None, Tensor | None]] = deque(maxlen=_REMEMBERED)
+        self._earlier = History()
         self.tokens: Float[Tensor, "batch keys"] | None = None
         self.heads: Float[Tensor, "batch heads"] | None = None
         self.alive: Int64[Tensor, "batch kept"] | None = None
@@ -90,7 +87,7 @@ class CascadeRun(Run):
         keep = None if self.alive is None else self.alive[:, None]
         if self.alive_heads is not None:
             if keep is None:
-                keep = _every(inputs)[:, None]
+                keep = every_token(inputs)[:, None]
             keep = keep.masked_fill(~self.alive_heads[..., None], -1)
         return Reading(keep, *self._options)
 
@@ -111,29 +108,28 @@ class CascadeRun(Run):
         """
         if length >= self.length:
             return
-        while self._earlier and self._earlier[-1][0] > length:
-            self._earlier.pop()
-        if self._earlier and self._earlier[-1][0] == length:
-            _, self.tokens, self.heads = self._earlier.pop()
+        earlier = self._earlier.back_to(length)
+        if earlier is not None:
+            self.tokens, self.heads = earlier
         elif self.tokens is not None:
             self.tokens = self.tokens[:, :length]
         self.length = length
 
     def select(self, indices: Int64[Tensor, " batch"]) -> None:
         """Scores follow their sequences."""
-        self._change(lambda scores: scores.index_select(0, indices))
 
-    def _change(self, change: Change) -> None:
-        def each(scores: Tensor | None) -> Tensor | None:
-            return None if scores is None else change(scores)
+        def change(scores: Tensor) -> Tensor:
+            return scores.index_select(0, indices)
 
-        self.tokens, self.heads = each(self.tokens), each(self.heads)
-        earlier = [(length, each(tokens), each(heads)) for length, tokens, heads in self._earlier]
-        self._earlier = deque(earlier, maxlen=_REMEMBERED)
+        if self.tokens is not None:
+            self.tokens = change(self.tokens)
+        if self.heads is not None:
+            self.heads = change(self.heads)
+        self._earlier.change(change)
 
     def _begin(self, kv_len: int) -> None:
         """Before the first layer takes more tokens in."""
-        self._earlier.append((self.length, self.tokens, self.heads))
+        self._earlier.note(self.length, self.tokens, self.heads)
         self.length = kv_len
 
     def _add(self, key_importance: Tensor, head_importance: Tensor) -> None:
@@ -199,11 +195,3 @@ class CascadeRun(Run):
                 self._schedules.clear()
             self._schedules[length] = self._token_counts(length)
         return self._schedules[length]
-
-
-def _every(inputs: AttentionInputs) -> Int64[Tensor, "batch keys"]:
-    """All tokens that are not padding, −1 in place of those that are."""
-    batch, kv_len = inputs.query.shape[0], inputs.key.shape[2]
-    positions = torch.arange(kv_len, device=inputs.query.device).expand(batch, -1)
-    valid = inputs.key_padding
-    return positions if valid is None else positions.masked_fill(~valid, -1)

@@ -8,6 +8,7 @@ and values stay in the cache, so that positions are those of the text whatever i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -26,11 +27,15 @@ class Reading(NamedTuple):
         value_keep: share of those whose values are read, per row; None = all.
         progressive: threshold under which a row fetches the low bits of its keys; None reads
             all bits at once.
+        index_bytes: what was read of the cache's summaries in order to choose.
+        prediction_macs: multiply-accumulates spent on choosing.
     """
 
     keep: Int64[Tensor, "batch keep_heads kept"] | None = None
     value_keep: float | None = None
     progressive: float | None = None
+    index_bytes: int = 0
+    prediction_macs: int = 0
 
 
 class Run(ABC):
@@ -88,8 +93,13 @@ class Run(ABC):
 class Generating(Method):
     """A method that chooses what generation reads of its cache.
 
-    Class attributes are the defaults of what the cache itself does to keys and values.
+    Properties are the defaults of what the cache itself does to keys and values.
     """
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """Tokens of the cache leave: "prune"."""
+        return super().capabilities | {"prune"}
 
     @abstractmethod
     def new_run(self, layers: int) -> Run:
@@ -139,3 +149,44 @@ def longer(tensor: Tensor, length: int) -> Tensor:
 
 
 Change = Callable[[Tensor], Tensor]
+
+
+class History:
+    """What a run held before each of its last 16 calls, so that they can be taken back exactly."""
+
+    def __init__(self) -> None:
+        self._calls: deque[tuple[int, tuple[Tensor | None, ...]]] = deque(maxlen=16)
+
+    def note(self, length: int, *held: Tensor | None) -> None:
+        """Before a call that finds `length` tokens; the tensors must not change in place."""
+        self._calls.append((length, held))
+
+    def back_to(self, length: int) -> tuple[Tensor | None, ...] | None:
+        """What was held at that length; None where it is too far back, or within a call."""
+        while self._calls and self._calls[-1][0] > length:
+            self._calls.pop()
+        if self._calls and self._calls[-1][0] == length:
+            return self._calls.pop()[1]
+        return None
+
+    def change(self, change: Change) -> None:
+        """Apply to every tensor."""
+        for _ in range(len(self._calls)):
+            length, held = self._calls.popleft()
+            self.note(length, *(None if t is None else change(t) for t in held))
+
+
+def real_tokens(inputs: AttentionInputs) -> Bool[Tensor, "batch keys"]:
+    """Which keys are not padding."""
+    if inputs.key_padding is not None:
+        return inputs.key_padding
+    shape = (inputs.query.shape[0], inputs.key.shape[2])
+    return torch.ones(shape, dtype=torch.bool, device=inputs.query.device)
+
+
+def every_token(inputs: AttentionInputs) -> Int64[Tensor, "batch keys"]:
+    """All positions, −1 in place of padding."""
+    batch, kv_len = inputs.query.shape[0], inputs.key.shape[2]
+    positions = torch.arange(kv_len, device=inputs.query.device).expand(batch, -1)
+    valid = inputs.key_padding
+    return positions if valid is None else positions.masked_fill(~valid, -1)

@@ -13,18 +13,22 @@ from sparseloom.methods.blocklocal import BlockLocal
 from sparseloom.methods.dense import Dense
 from sparseloom.methods.dynamic import DynamicSparse
 from sparseloom.methods.gate import AttentionGate
+from sparseloom.methods.h2o import H2O
 from sparseloom.methods.indexer import LightningIndexer
 from sparseloom.methods.linear import LinearAttention
 from sparseloom.methods.linformer import Linformer
 from sparseloom.methods.longformer import Longformer
 from sparseloom.methods.oracle import Oracle
 from sparseloom.methods.performer import Performer
+from sparseloom.methods.quest import Quest
 from sparseloom.methods.random_mask import RandomMask
 from sparseloom.methods.reformer import Reformer
 from sparseloom.methods.settings import coerce_value, format_value, parse_value, setting_hints
 from sparseloom.methods.sinkhorn import Sinkhorn
+from sparseloom.methods.snapkv import SnapKV
 from sparseloom.methods.sparse_transformer import Fixed, Strided
 from sparseloom.methods.spatten import SpAtten
+from sparseloom.methods.streaming import StreamingLLM
 from sparseloom.methods.synthesizer import Synthesizer
 from sparseloom.methods.window import SlidingWindow
 
@@ -50,6 +54,10 @@ METHODS: dict[str, type[Method]] = {
         Synthesizer,
         LinearAttention,
         SpAtten,
+        H2O,
+        StreamingLLM,
+        SnapKV,
+        Quest,
     )
 }
 """Tag → class.  A new method is listed here once; text, JSON and the test matrix follow."""
