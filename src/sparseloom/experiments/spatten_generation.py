@@ -4,11 +4,12 @@
 
 Teacher-forced decoding: a dense prompt, then one step per token of the text, each scored by what
 the model gave it before it was read; no query sees importance from later ones. Each technique of
-SpAtten (HPCA 2021, §III) runs alone and together with the others. Two models: the built-in one on
-held-out source text (bits per byte) and, where the data folder has it, the small stories checkpoint
-on text that it sampled itself (bits per token). The last rows time the attention of one step at
-8192 tokens of GPT-2 small's shape, with the token counts of the published trace of that model.
-What is finished lies in the work folder and is not made again.
+SpAtten (HPCA 2021, §III) runs alone and together with the others; H2O, StreamingLLM, SnapKV and
+Quest at four budgets. Two models: the built-in one on held-out source text (bits per byte) and,
+where the data folder has it, the small stories checkpoint on text that it sampled itself (bits per
+token). The last rows time the attention of one step at 8192 tokens of GPT-2 small's shape, with the
+token counts of the published trace of that model. What is finished lies in the work folder or in
+the results and is not made again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,15 @@ from transformers.cache_utils import DynamicCache
 from sparseloom.experiments.bootstrap import paired_bootstrap
 from sparseloom.experiments.generation_time import time_rows
 from sparseloom.integrations import sparsify
-from sparseloom.methods import Method, SpAtten
+from sparseloom.methods import H2O, Method, Quest, SnapKV, SpAtten, StreamingLLM
 from sparseloom.models import LoadedModel, load_model
-from sparseloom.results import write_results
+from sparseloom.results import read_results, write_results
 from sparseloom.tasks.data import find_data
 from sparseloom.tasks.stdlib import load_stdlib
 
 DENSE = "everything in fp32"
 _WHOLE: dict[str, Any] = {"token_keep": None, "head_keep": None}
-_READS = ("key_high_bytes", "key_low_bytes", "value_bytes")
+_READS = ("key_high_bytes", "key_low_bytes", "value_bytes", "index_bytes")
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,32 @@ def contenders(layers: int) -> list[Contender]:
         Contender(DENSE, SpAtten(**_WHOLE)),
         *(Contender(name, SpAtten(**{**_WHOLE, **settings})) for name, settings in alone),
         *(Contender(name, SpAtten(**{**_WHOLE, **settings})) for name, settings in together),
+        *_cache_methods(),
+    ]
+
+
+def _cache_methods() -> list[Contender]:
+    """Later methods, at shares of the prompt (of the length so far for pages)."""
+    found: list[Contender] = []
+    for keep in (0.1, 0.2, 0.35, 0.5):
+        half = keep / 2
+        found += [
+            Contender(f"H2O {keep:.0%}", H2O(heavy_keep=half, recent_keep=half)),
+            Contender(f"StreamingLLM {keep:.0%}", StreamingLLM(window=keep)),
+            Contender(f"SnapKV {keep:.0%}", SnapKV(token_keep=keep, window=16)),
+            Contender(f"Quest {keep:.0%}", Quest(token_keep=keep)),
+            Contender(f"Quest {keep:.0%}, no dense layers", Quest(token_keep=keep, dense_layers=0)),
+        ]
+    smooth = SnapKV(token_keep=0.2, window=16, kernel=7, pooling="max")
+    return [
+        *found,
+        Contender("StreamingLLM 20%, no sinks", StreamingLLM(sinks=0, window=0.2)),
+        Contender("SnapKV 20%, window 32", SnapKV(token_keep=0.2)),
+        Contender("SnapKV 20%, max of 7", smooth),
+        Contender(
+            "Quest 20%, no dense layers, by key head",
+            Quest(token_keep=0.2, dense_layers=0, mask_heads="kv"),
+        ),
     ]
 
 
@@ -184,14 +211,16 @@ def score(text: Text, contender: Contender) -> dict[str, Any]:
     }
 
 
-def run_study(texts: Iterable[Text], work: Path) -> list[dict[str, Any]]:
-    """Rows of all contenders; those that the work folder holds are not made again."""
+def run_study(
+    texts: Iterable[Text], work: Path, known: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """Rows of all contenders; those that are known, or in the work folder, are not made again."""
     work.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for text in texts:
         dense: list[float] = []
         for contender in contenders(text.model.model.config.num_hidden_layers):
-            row = _stored(text, contender, work)
+            row = _stored(text, contender, work, known)
             dense = dense or row["per_window"]
             difference = paired_bootstrap(np.array(row["per_window"]), np.array(dense))
             row["difference"] = difference.mean
@@ -205,22 +234,41 @@ def run_study(texts: Iterable[Text], work: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _stored(text: Text, contender: Contender, work: Path) -> dict[str, Any]:
+def _stored(
+    text: Text, contender: Contender, work: Path, known: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     name = "".join(c if c.isalnum() else "-" for c in f"{text.unit}-{contender.name}")
     file = work / f"{name}.json"
     asked = {
+        "metric": f"bits per {text.unit}",
         "settings": json.loads(json.dumps(contender.method.to_dict())),
         "windows": len(text.ids),
         "prompt": text.prompt,
         "steps": text.ids.shape[1] - text.prompt - 1,
     }
-    if file.exists():
-        row: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        if all(row[key] == value for key, value in asked.items()):
-            return row
+    held = [*known, *([json.loads(file.read_text("utf-8"))] if file.exists() else [])]
+    for row in held:
+        if all(row.get(key) == value for key, value in asked.items()):
+            return {"index_share": 0.0, **row, "contender": contender.name}
     row = json.loads(json.dumps(score(text, contender)))
     file.write_text(json.dumps(row), "utf-8")
     return row
+
+
+def table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """Some contenders as a table in Markdown, both models side by side."""
+    lines = [
+        "| contender | built-in: bits per byte | fewer bytes | stories: bits per token "
+        "| fewer bytes |",
+        "|---|---|---|---|---|",
+    ]
+    for name in names:
+        cells = [name]
+        for metric in ("bits per byte", "bits per token"):
+            one = next(r for r in rows if (r.get("contender"), r.get("metric")) == (name, metric))
+            cells += [f"{one['value']:.3f}", f"{one['dram_reduction']:.2f}×"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def main() -> None:
@@ -242,7 +290,8 @@ def main() -> None:
         sys.stdout.write(f"without the stories checkpoint: {error}\n")
     else:
         texts.append(stories(folder, arguments.windows, 256, arguments.steps + 1))
-    rows = run_study(texts, arguments.work)
+    known = read_results(arguments.out).rows if arguments.out.exists() else []
+    rows = run_study(texts, arguments.work, [row.model_dump() for row in known])
     if not arguments.no_times:
         rows += time_rows()
     command = " ".join(["python -m sparseloom.experiments.spatten_generation", *sys.argv[1:]])
