@@ -19,6 +19,20 @@ from sparseloom.kernels.cpu import native
 from sparseloom.results import results, validate_results
 
 Run = Callable[..., tuple[int, str, str]]
+COMMANDS = (
+    *(
+        "demo",
+        "compare",
+        "explain",
+        "adapt",
+        "search",
+        "bench",
+        "trace",
+        "simulate",
+        "reproduce",
+        "info",
+    ),
+)
 
 
 @pytest.fixture
@@ -72,24 +86,11 @@ def rows_of(text: str) -> list[dict[str, Any]]:
 def test_help_lists_every_command(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for command in (
-        "demo",
-        "compare",
-        "explain",
-        "adapt",
-        "bench",
-        "trace",
-        "simulate",
-        "reproduce",
-        "info",
-    ):
+    for command in COMMANDS:
         assert command in out
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["demo", "compare", "explain", "adapt", "bench", "trace", "simulate", "reproduce", "info"],
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_offers_json(run: Run, command: str) -> None:
     code, out, err = run(command, "--help")
     assert code == 0, err
@@ -419,6 +420,8 @@ BAD = {
     ),
     "adapt a window": (["adapt", "--out", "a", "--method", "window:width=8"], "dynamic"),
     "adapt into a folder that exists": (["adapt", "--out", "."], "--overwrite"),
+    "search of another method": (["search", "window"], "unknown method to search 'window'"),
+    "search without trials": (["search", "spatten", "--trials", "0"], "--trials"),
     "bench sparsity": (["bench", "--sparsity", "1.5"], "sparsity must be in [0, 1), got 1.5"),
     "bench block": (["bench", "--block-size", "8"], "--block-size must be like 8x1"),
     "bench heads": (["bench", "--heads", "6", "--kv-heads", "4"], "multiple of kv_heads"),

@@ -94,6 +94,24 @@ def entry(right: list[float], **more: Any) -> dict[str, Any]:
     return {**base, "value": float(np.mean(right)), "per_item": right, **more}
 
 
+class Agreement(LastToken):
+    """A metric that is no mean."""
+
+    def value_of(self, per_item: Any, gold: Any) -> float:
+        return 2.0 * float((per_item == gold).mean())
+
+
+def test_a_metric_that_is_no_mean_is_computed_over_the_items() -> None:
+    gold = [1.0, 0.0, 0.0, 1.0]
+    scores = {
+        "dense": entry([1.0, 0.0, 0.0, 1.0], gold=gold),
+        "sparse": entry([1.0, 1.0, 1.0, 1.0], gold=gold),
+    }
+    rows = rows_against(Against("tiny", Agreement(), "dense", 0), scores)
+    assert (rows[1]["difference"], rows[1]["loss"]) == (-1.0, 1.0)
+    assert rows[1]["loss_upper95"] > 1.0
+
+
 def test_losses_are_counted_against_the_named_control() -> None:
     scores = {
         "dense": entry([1.0, 1.0, 0.0, 1.0]),

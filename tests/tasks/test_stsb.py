@@ -9,7 +9,7 @@ import torch
 from sparseloom.models import LoadedModel, load_model
 from sparseloom.models.minilm import mean_pool
 from sparseloom.tasks.embedding import embed, tokenized
-from sparseloom.tasks.stsb import Pair, SemanticSimilarity, read_pairs
+from sparseloom.tasks.stsb import Pair, SemanticSimilarity, cosine_loss, read_pairs
 
 PAIRS = [
     ("the dog runs", "a dog runs", 4.5),
@@ -86,6 +86,32 @@ def test_training_batches_repeat_for_a_seed(folder: Path, encoder: LoadedModel) 
     one, two = (list(task.batches(encoder, steps=2, batch_size=3, seed=9)) for _ in range(2))
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, two, strict=True))
     assert one[0]["attention_mask"].shape[0] == 3
+
+
+def test_labelled_batches_leave_out_what_is_held_out(tmp_path: Path, encoder: LoadedModel) -> None:
+    lines = "".join(f"the dog {i},a cat {i},{i / 4}\n" for i in range(20))
+    (tmp_path / "stsb-en-train.csv").write_text(lines)
+    (tmp_path / "stsb-en-dev.csv").write_text(lines)
+    task = SemanticSimilarity().load(tmp_path)
+    kept = task.held_out()
+    assert (kept.split, len(kept.pairs("held-out"))) == ("held-out", 2)
+    made = list(task.labelled_batches(encoder, steps=6, batch_size=3, seed=1))
+    labels = torch.cat([batch["labels"] for batch in made])
+    assert len(labels) == 18  # once each, in batches of three
+    left_out = {pair.similarity / 5 for pair in kept.pairs("held-out")}
+    assert sorted([*labels.tolist(), *left_out]) == pytest.approx([i / 20 for i in range(20)])
+    assert made[0]["input_ids"].shape[0] == 6
+
+
+def test_the_loss_is_the_squared_error_of_cosines(folder: Path, encoder: LoadedModel) -> None:
+    pytest.importorskip("scipy")
+    task = SemanticSimilarity().load(folder)
+    made = next(task.labelled_batches(encoder, steps=1, batch_size=4, seed=1))
+    labels = made.pop("labels")
+    with torch.no_grad():
+        loss = cosine_loss(encoder.model(**made), {**made, "labels": labels})
+    gold = np.array([pair[2] / 5 for pair in PAIRS])
+    assert float(loss) == pytest.approx(np.mean((task.score(encoder).per_item - gold) ** 2))
 
 
 @pytest.mark.slow

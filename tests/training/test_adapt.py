@@ -101,6 +101,17 @@ def test_the_paper_s_gradient_reaches_the_model_and_the_detached_one_does_not() 
     assert not moved("predictor")
 
 
+def test_labels_go_to_the_loss_of_the_caller_alone() -> None:
+    model, seen = tiny_llama(), []
+
+    def loss(outputs: Any, batch: Any) -> torch.Tensor:
+        seen.append((outputs.loss, "labels" in batch))
+        return outputs.logits.float().pow(2).mean()
+
+    finetune(model, Dense(), batches(1), steps=1, model_loss=loss, progress=False)
+    assert seen == [(None, True)]
+
+
 @pytest.mark.parametrize("method", [Dense(), SlidingWindow(sparsity=0.7)])
 def test_controls_tune_without_a_predictor(method: Any) -> None:
     model = tiny_llama()

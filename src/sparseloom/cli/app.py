@@ -11,6 +11,7 @@ from sparseloom.cli.bench import bench
 from sparseloom.cli.compare import compare, demo
 from sparseloom.cli.explain import explain
 from sparseloom.cli.info import info, show_version
+from sparseloom.cli.search import search
 from sparseloom.cli.simulate import simulate
 from sparseloom.cli.studies import reproduce
 from sparseloom.cli.trace import trace
@@ -34,5 +35,5 @@ def _common(
 ) -> None: ...
 
 
-for _command in (demo, compare, explain, adapt, bench, trace, simulate, reproduce, info):
+for _command in (demo, compare, explain, adapt, search, bench, trace, simulate, reproduce, info):
     app.command()(_command)

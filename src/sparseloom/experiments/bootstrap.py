@@ -1,7 +1,8 @@
-"""Paired bootstrap: how sure is a difference of two means over the same items?"""
+"""Paired bootstrap: how sure is a difference of two means, or metrics, over the same items?"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +11,20 @@ from jaxtyping import Float
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
-    """Mean of (ours − theirs) with a one-sided 95 % upper bound and the two-sided interval."""
+    """Mean of (ours − theirs), or the difference of a metric, with its one-sided 95 % bounds and
+    the two-sided interval."""
 
     mean: float
+    lower95: float
     upper95: float
     interval95: tuple[float, float]
     items: int
+
+    @property
+    def negated(self) -> PairedDifference:
+        """Theirs − ours."""
+        low, high = self.interval95
+        return PairedDifference(-self.mean, -self.upper95, -self.lower95, (-high, -low), self.items)
 
 
 def paired_bootstrap(
@@ -29,11 +38,7 @@ def paired_bootstrap(
 
     Raises ValueError when the arrays differ in length or hold fewer than two items.
     """
-    if ours.shape != theirs.shape or ours.ndim != 1 or len(ours) < 2:
-        raise ValueError(
-            "ours and theirs must be two arrays of one length ≥ 2, "
-            f"got shapes {ours.shape} and {theirs.shape}"
-        )
+    _check(ours, theirs)
     difference = ours - theirs
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
@@ -43,10 +48,49 @@ def paired_bootstrap(
         some[:] = difference[
             generator.integers(0, len(difference), (len(some), len(difference)))
         ].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    return _percentiles(float(difference.mean()), means, len(difference))
+
+
+def paired_bootstrap_of(
+    metric: Callable[[Float[np.ndarray, " items"], Float[np.ndarray, " items"]], float],
+    ours: Float[np.ndarray, " items"],
+    theirs: Float[np.ndarray, " same_items"],
+    gold: Float[np.ndarray, " same_items"],
+    *,
+    resamples: int = 1_000,
+    seed: int = 0,
+) -> PairedDifference:
+    """As `paired_bootstrap`, of a metric that is no mean: it is computed anew on every resample.
+
+    Args:
+        metric: (values, gold) of some items → the metric, as `Task.value_of`.
+        ours, theirs, gold: per item.
+    """
+    _check(ours, theirs)
+    generator = np.random.default_rng(seed)
+    found = np.empty(resamples)
+    for i in range(resamples):
+        some = generator.integers(0, len(ours), len(ours))
+        found[i] = metric(ours[some], gold[some]) - metric(theirs[some], gold[some])
+    return _percentiles(metric(ours, gold) - metric(theirs, gold), found, len(ours))
+
+
+def _check(ours: Float[np.ndarray, "..."], theirs: Float[np.ndarray, "..."]) -> None:
+    if ours.shape != theirs.shape or ours.ndim != 1 or len(ours) < 2:
+        raise ValueError(
+            "ours and theirs must be two arrays of one length ≥ 2, "
+            f"got shapes {ours.shape} and {theirs.shape}"
+        )
+
+
+def _percentiles(
+    mean: float, found: Float[np.ndarray, " resamples"], items: int
+) -> PairedDifference:
+    low, high = np.percentile(found, [2.5, 97.5])
     return PairedDifference(
-        mean=float(difference.mean()),
-        upper95=float(np.percentile(means, 95)),
+        mean=mean,
+        lower95=float(np.percentile(found, 5)),
+        upper95=float(np.percentile(found, 95)),
         interval95=(float(low), float(high)),
-        items=len(difference),
+        items=items,
     )

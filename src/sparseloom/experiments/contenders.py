@@ -15,9 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparseloom.experiments.bootstrap import paired_bootstrap
+from sparseloom.experiments.bootstrap import (
+    PairedDifference,
+    paired_bootstrap,
+    paired_bootstrap_of,
+)
 from sparseloom.experiments.compare import settings_of
 from sparseloom.integrations import sparsify
+from sparseloom.integrations.describe import attention_modules
+from sparseloom.integrations.stats import left_of
 from sparseloom.methods import Dense, Method
 from sparseloom.models import LoadedModel
 from sparseloom.tasks import Task
@@ -48,6 +54,16 @@ def tuned(
         fresh.tokenizer.save_pretrained(folder)
     fresh.model.eval()
     return fresh, method
+
+
+def without_probability_dropout(loaded: LoadedModel) -> LoadedModel:
+    """The model, its attention probabilities no longer dropped out: PyTorch has no fast CPU
+    attention with that."""
+    for module in attention_modules(loaded.model):
+        dropout = getattr(module, "dropout", None)
+        if isinstance(dropout, torch.nn.Dropout):
+            dropout.p = 0.0
+    return loaded
 
 
 def scored(
@@ -113,6 +129,10 @@ def scored(
         "accuracy": quality,
         "notes": list(score.notes),
     }
+    if score.gold is not None:
+        entry["gold"] = [float(x) for x in score.gold]
+    if "linear_macs" in layers[0]:
+        entry["left"] = left_of(layers)
     part = file.with_suffix(".part")
     part.write_text(json.dumps(entry))
     part.replace(file)
@@ -140,11 +160,8 @@ def rows_against(study: Against, scores: Mapping[str, dict[str, Any]]) -> list[d
     rows: list[dict[str, Any]] = []
     for label, entry in scores.items():
         theirs = scores.get(entry.get("control", study.control), control)
-        ours = np.array(entry["per_item"])
-        base = np.array(theirs["per_item"])
-        sign = -1.0 if study.task.higher_is_better else 1.0
-        against = paired_bootstrap(ours, base)
-        loss = paired_bootstrap(sign * ours, sign * base)
+        against = _against(study.task, entry, theirs)
+        lost = against.negated if study.task.higher_is_better else against
         rows.append(
             {
                 "model": study.model,
@@ -160,16 +177,25 @@ def rows_against(study: Against, scores: Mapping[str, dict[str, Any]]) -> list[d
                 "dense_value": theirs["value"],
                 "difference": against.mean,
                 "difference_upper95": against.upper95,
-                "loss": loss.mean,
-                "loss_upper95": loss.upper95,
-                "loss_interval95": list(loss.interval95),
+                "loss": lost.mean,
+                "loss_upper95": lost.upper95,
+                "loss_interval95": list(lost.interval95),
                 "items": against.items,
                 **entry["accuracy"],
+                **entry.get("left", {}),
                 "seed": study.seed,
                 "note": "; ".join(entry["notes"]),
             }
         )
     return rows
+
+
+def _against(task: Task, one: Mapping[str, Any], other: Mapping[str, Any]) -> PairedDifference:
+    """One entry minus the other."""
+    ours, theirs = np.array(one["per_item"]), np.array(other["per_item"])
+    if "gold" not in one:
+        return paired_bootstrap(ours, theirs)
+    return paired_bootstrap_of(task.value_of, ours, theirs, np.array(one["gold"]))
 
 
 def slug(label: str) -> str:

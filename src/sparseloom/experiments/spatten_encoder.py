@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sparseloom.experiments.timing import interleave
 from sparseloom.integrations import sparsify
+from sparseloom.integrations.stats import left_of
 from sparseloom.methods import Method, SpAtten
 from sparseloom.models import LoadedModel, load_model
 from sparseloom.results import write_results
@@ -62,7 +63,7 @@ def rows(
                 loaded.model(**inputs)
             layers = sparse.stats()
             whole, ours = times["dense"], times[str(method)]
-            macs = [sum(int(row.get(name, 0)) for row in layers) for name in _MACS]
+            left = left_of(layers)
             found.append(
                 {
                     "record": "spatten_encoder",
@@ -71,9 +72,9 @@ def rows(
                     "length": length,
                     "threads": torch.get_num_threads(),
                     "method": str(method),
-                    "tokens_alive": _share(layers, "tokens_alive", "tokens"),
-                    "heads_alive": _share(layers, "heads_alive", "heads"),
-                    "macs": (macs[0] + macs[1]) / (macs[2] + macs[3]),
+                    "tokens_alive": left["tokens_alive"],
+                    "heads_alive": left["heads_alive"],
+                    "macs": left["macs_left"],
                     "dense_ms": whole.ms,
                     "ms": ours.ms,
                     "speedup": whole.ms / ours.ms,
@@ -84,9 +85,6 @@ def rows(
                 }
             )
     return found
-
-
-_MACS = ("linear_macs", "attention_macs", "dense_linear_macs", "dense_macs")
 
 
 def _run(
@@ -102,10 +100,6 @@ def _run(
             model(**inputs)
 
     return dense if method is None else pruned
-
-
-def _share(layers: Sequence[Any], part: str, whole: str) -> float:
-    return sum(row[part] for row in layers) / sum(row[whole] for row in layers)
 
 
 def _edges(tokenizer: Any) -> tuple[int, int]:

@@ -93,6 +93,32 @@ class LayerStats(TypedDict):
     low_rows: NotRequired[int]
 
 
+def left_of(layers: Sequence[LayerStats]) -> dict[str, float]:
+    """Shares that a pruning method left of a run, over all its layers and sequences.
+
+    `tokens_alive` and `heads_alive` of the tokens and heads in attention, and `macs_left` of the
+    multiply-accumulates of attention, projections and feed-forward.
+
+    Raises:
+        ValueError: the method did not prune an encoder.
+    """
+    if not layers or any("linear_macs" not in row for row in layers):
+        raise ValueError("layers must be the statistics of an encoder that was pruned")
+    sums = {
+        key: sum(int(row.get(key, 0)) for row in layers)
+        for key in (
+            *("tokens_alive", "tokens", "heads_alive", "heads"),
+            *("linear_macs", "attention_macs", "dense_linear_macs", "dense_macs"),
+        )
+    }
+    whole = sums["dense_linear_macs"] + sums["dense_macs"]
+    return {
+        "tokens_alive": sums["tokens_alive"] / sums["tokens"],
+        "heads_alive": sums["heads_alive"] / sums["heads"],
+        "macs_left": (sums["linear_macs"] + sums["attention_macs"]) / whole,
+    }
+
+
 @dataclass(frozen=True)
 class PrunedLayer:
     """One call of a layer of which tokens and heads are gone.

@@ -22,6 +22,8 @@ _TASKS = {
     "wikitext2": ("language_modelling", "WikiText2"),
     "ptb": ("language_modelling", "PennTreebank"),
     "sts-b": ("stsb", "SemanticSimilarity"),
+    "sst-2": ("glue", "SST2"),
+    "cola": ("glue", "CoLA"),
     "imdb": ("imdb", "MovieReviews"),
     "lra-text": ("lra_text", "LraText"),
     "lra-retrieval": ("lra_retrieval", "LraRetrieval"),

@@ -37,6 +37,8 @@ class Score:
         weights: how much each item counts in `value` (bytes of a window), or None for equally.
         notes: remarks for people, such as "not comparable: Python 3.14.0".
         extra: further figures by name, such as "token_perplexity".
+        gold: what each item should be, where the metric is no mean of `per_item` but compares the
+            two over all items (a correlation); see `Task.value_of`.
     """
 
     value: float
@@ -44,6 +46,7 @@ class Score:
     weights: Float[np.ndarray, " items"] | None = None
     notes: tuple[str, ...] = ()
     extra: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    gold: Float[np.ndarray, " items"] | None = None
 
     @property
     def items(self) -> int:
@@ -97,6 +100,19 @@ class Task(ABC):
         With `limit`, of the items that `score` takes with the same `limit`; on the model's device.
         """
 
+    def value_of(
+        self, per_item: Float[np.ndarray, " items"], gold: Float[np.ndarray, " items"]
+    ) -> float:
+        """The metric over some items of a `Score` that has `gold`, such as a resample of them."""
+        raise NotImplementedError(f"the task {self.name!r} scores items one by one")
+
+    def held_out(self) -> Task | None:
+        """The same task on a part of the training data that `batches` never draws, or None.
+
+        Settings are chosen there, so that the items of `score` stay unseen until the end.
+        """
+        return None
+
     def sample(self, model: LoadedModel | PreTrainedModel) -> Batch:
         """The input of one typical forward pass."""
         return next(iter(self.inputs(model, limit=1)))
@@ -124,6 +140,13 @@ def evaluating(model: PreTrainedModel) -> Generator[torch.device]:
             yield model.device
     finally:
         model.train(was_training)
+
+
+def correlation(one: Float[np.ndarray, " items"], other: Float[np.ndarray, " items"]) -> float:
+    """Pearson's correlation; 0 where one of the two is constant."""
+    one, other = one - one.mean(), other - other.mean()
+    scale = float(np.sqrt((one @ one) * (other @ other)))
+    return float(one @ other) / scale if scale > 0 else 0.0
 
 
 def spread(items: int, limit: int | None) -> list[int]:

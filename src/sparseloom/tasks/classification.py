@@ -16,18 +16,17 @@ from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from transformers import PreTrainedModel
 
 from sparseloom.models.base import LoadedModel
 from sparseloom.models.load import Head
 from sparseloom.tasks.base import Batch, Progress, Score, Task, choose, evaluating
 from sparseloom.tasks.data import find_data, find_file, read_text
-from sparseloom.tasks.embedding import length_batches, tokenized
+from sparseloom.tasks.embedding import length_batches, shuffled_batches, tokenized
 from sparseloom.tasks.imdb import MovieReviews
 
 _BATCH = 16
-_POOL = 32
-"""Training batches that are drawn together and sorted by length, to compute little on padding."""
 _KINDS = ("tsv", "csv", "jsonl")
 
 Split = Literal["train", "test"]
@@ -79,21 +78,20 @@ class TextClassification(Task):
         limit: int | None = None,
         progress: Progress | None = None,
     ) -> Score:
-        """Share of right classes over the test texts."""
+        """The metric over the test texts."""
         loaded = self._checked(model)
         examples = self._chosen(limit)
-        right = np.zeros(len(examples))
+        found, gold = np.zeros(len(examples)), np.zeros(len(examples))
         done = 0
         with evaluating(loaded.model):
             for chosen in length_batches([example.text for example in examples], _BATCH):
                 batch = self._batch(loaded, [examples[i] for i in chosen], self.max_length)
-                labels = batch.pop("labels")
-                found = loaded.model(**batch).logits.argmax(-1)
-                right[chosen] = (found == labels).double().cpu().numpy()
+                gold[chosen] = batch.pop("labels").double().cpu().numpy()
+                found[chosen] = loaded.model(**batch).logits.argmax(-1).double().cpu().numpy()
                 done += len(chosen)
                 if progress is not None:
                     progress(done, len(examples))
-        return Score(float(right.mean()), right)
+        return self._judged(found, gold)
 
     def batches(
         self,
@@ -107,18 +105,17 @@ class TextClassification(Task):
         """Training texts in a random order, each once before any is seen again."""
         loaded = self._checked(model)
         examples = self.examples("train")
-        generator = np.random.default_rng(seed)
-        length = context or self.max_length
-        waiting: list[int] = []
-        made = 0
-        while made < steps:
-            waiting = waiting or generator.permutation(len(examples)).tolist()
-            pool, waiting = waiting[: _POOL * batch_size], waiting[_POOL * batch_size :]
-            sorted_batches = length_batches([examples[i].text for i in pool], batch_size)
-            for index in generator.permutation(len(sorted_batches))[: steps - made]:
-                chosen = [examples[pool[i]] for i in sorted_batches[index]]
-                yield self._batch(loaded, chosen, length)
-                made += 1
+        texts = [example.text for example in examples]
+        for chosen in shuffled_batches(texts, steps=steps, batch_size=batch_size, seed=seed):
+            batch = [examples[i] for i in chosen]
+            yield self._batch(loaded, batch, context or self.max_length)
+
+    def _judged(
+        self, found: Float[np.ndarray, " items"], gold: Float[np.ndarray, " items"]
+    ) -> Score:
+        """The score of the numbers of the classes that were found, beside the right ones."""
+        right = (found == gold).astype(np.float64)
+        return Score(float(right.mean()), right)
 
     def _chosen(self, limit: int | None) -> list[Example]:
         examples = self.examples("test")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from sparseloom.models.base import LoadedModel
 from sparseloom.models.minilm import mean_pool
 from sparseloom.tasks.base import Batch, Progress, evaluating
+
+_POOL = 32
+"""Training batches that are drawn together and sorted by length, to compute little on padding."""
 
 
 def tokenized(loaded: LoadedModel, texts: Sequence[str], *, max_length: int | None = None) -> Batch:
@@ -28,6 +32,25 @@ def length_batches(texts: Sequence[str], batch_size: int) -> list[list[int]]:
     """Indices of `texts` in batches of similar length, so that little is computed on padding."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+
+
+def shuffled_batches(
+    texts: Sequence[str], *, steps: int, batch_size: int, seed: int
+) -> Iterator[list[int]]:
+    """Indices of `texts` in a random order, each once before any comes again, for `steps` batches.
+
+    The texts of one batch are of similar length.
+    """
+    generator = np.random.default_rng(seed)
+    waiting: list[int] = []
+    made = 0
+    while made < steps:
+        waiting = waiting or generator.permutation(len(texts)).tolist()
+        pool, waiting = waiting[: _POOL * batch_size], waiting[_POOL * batch_size :]
+        sorted_batches = length_batches([texts[i] for i in pool], batch_size)
+        for index in generator.permutation(len(sorted_batches))[: steps - made]:
+            yield [pool[i] for i in sorted_batches[index]]
+            made += 1
 
 
 def embed(

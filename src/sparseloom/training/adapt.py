@@ -70,7 +70,8 @@ def adapt(
         lr, predictor_lr: peak AdamW learning rates of model and predictor.
         query_rows: predictor-loss rows drawn per sequence and step; None takes all.
         ramp: lets the sparsity of the joint steps rise to the method's own; None: no rise.
-        model_loss: (outputs, batch) → scalar; default `outputs.loss`.
+        model_loss: (outputs, batch) → scalar; default `outputs.loss`.  Where it is given, the model
+            does not get the `labels` of a batch.
         mixed_precision: accelerate's name of the forward's precision.
         seed: draws predictor weights and query rows.
         out: folder for checkpoints; a run that was stopped continues there.
@@ -194,7 +195,8 @@ def finetune(
             groups.append({"params": own, "lr": predictor_lr})
 
     def joint(batch: Batch) -> tuple[Tensor, dict[str, float]]:
-        task = of_model(model(**batch), batch)
+        given = batch if model_loss is None else {k: v for k, v in batch.items() if k != "labels"}
+        task = of_model(model(**given), batch)
         values = {"loss": task.item()}
         if not isinstance(method, Predicting):
             return task, values

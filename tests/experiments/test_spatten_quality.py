@@ -1,0 +1,96 @@
+"""The study of SpAtten's quality: who takes part, what is trained equally, and what is stored."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from sparseloom.experiments import contenders as contenders_of_studies
+from sparseloom.experiments import search as search_of_studies
+from sparseloom.experiments import spatten_quality
+from sparseloom.experiments.bootstrap import paired_bootstrap_of
+from sparseloom.experiments.spatten_quality import (
+    RECIPES,
+    UNTUNED,
+    Recipe,
+    Study,
+    contenders,
+    run_study,
+    tables,
+)
+from sparseloom.methods import SpAtten
+from sparseloom.results import read_results
+
+ROOT = Path(__file__).parents[2]
+STORED = ROOT / "results/spatten_quality.json"
+
+
+def test_contenders_are_scored_before_and_after_fine_tuning() -> None:
+    found = contenders(RECIPES["sts-b"], SpAtten(token_keep=0.7))
+    assert next(iter(found)) == "dense"
+    tuned = [label for label, one in found.items() if one.tuned and label != "dense"]
+    assert len(tuned) == 2 + len(spatten_quality.TOKENS) + len(spatten_quality.HEADS)
+    assert all(found[label + UNTUNED].method == found[label].method for label in tuned)
+    without = contenders(RECIPES["cola"], None)
+    assert not any(one.kind == "searched" for one in without.values())
+    adaptive = next(one.method for one in without.values() if one.kind == "adaptive")
+    assert isinstance(adaptive, SpAtten)
+    pruned = 1 - sum(adaptive.kept_tokens(6, 12)) / 72
+    assert 0.1 < pruned < 0.25  # 12 tokens of CoLA; the slides say less than 0.15 before rounding
+
+
+def test_a_small_study(words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("optuna", "accelerate", "scipy"):
+        pytest.importorskip(package)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=16, max_position_embeddings=32,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(spatten_quality, "MODEL", str(tmp_path / "model"))
+    data, texts = tmp_path / "data", ["w1 w2 w3 w4", "w9 w5 w2 w7 w8 w2", "w6 w3", "w7"]
+    pairs = "".join(f"{a},{b},{(i + j) % 6}\n" for i, a in enumerate(texts)
+                    for j, b in enumerate(texts))  # fmt: skip
+    (data / "glue/STS-B").mkdir(parents=True)
+    (data / "glue/STS-B/stsb-en-train.csv").write_text(pairs * 2)
+    (data / "glue/STS-B/stsb-en-dev.csv").write_text(pairs)
+    few = partial(paired_bootstrap_of, resamples=20)
+    for module in (contenders_of_studies, search_of_studies):
+        monkeypatch.setattr(module, "paired_bootstrap_of", few)
+    monkeypatch.setattr(spatten_quality, "TOKENS", (0.5,))
+    monkeypatch.setattr(spatten_quality, "HEADS", (0.6,))
+    monkeypatch.setitem(RECIPES, "sts-b", Recipe(4, 2, 1, 1e-4, 1e-4, adaptive=False, curves=True))
+    study = Study(tasks="sts-b", trials=1, search_items=0)
+    rows = run_study(study, tmp_path / "out", data)
+    by = {row["contender"]: row for row in rows}
+    assert by["dense"]["loss"] == 0.0
+    assert by["tokens 50%"]["tokens_alive"] < 0.6
+    assert by["tokens 50%"]["macs_left"] == by["tokens 50%" + UNTUNED]["macs_left"]
+    assert by["tokens 50%"]["value"] != by["tokens 50%" + UNTUNED]["value"]
+    curve = json.loads((tmp_path / "out/sts-b/tokens-50-curve.json").read_text())
+    assert [step["step"] for step in curve] == [1.0]
+    monkeypatch.setattr(spatten_quality, "finetune", None)  # everything is there already
+    assert run_study(study, tmp_path / "out", data) == rows
+    lines = tables(rows)
+    assert any(line.startswith("| sts-b | dense | 100%") for line in lines)
+    assert any(line.startswith("| heads 60% | 100% |") for line in lines)
+
+
+def stored() -> list[dict[str, Any]]:
+    if not STORED.exists():
+        pytest.skip("results/spatten_quality.json: the study has not been run")
+    return [row.model_dump() for row in read_results(STORED).rows]
+
+
+def test_the_tables_are_in_the_docs() -> None:
+    text = (ROOT / "docs/methods.md").read_text("utf-8")
+    for line in tables(stored()):
+        assert line in text
