@@ -19,20 +19,18 @@ from sparseloom.kernels.cpu import native
 from sparseloom.results import results, validate_results
 
 Run = Callable[..., tuple[int, str, str]]
-COMMANDS = (
-    *(
-        "demo",
-        "compare",
-        "explain",
-        "adapt",
-        "search",
-        "bench",
-        "trace",
-        "simulate",
-        "reproduce",
-        "info",
-    ),
-)
+COMMANDS = [
+    "demo",
+    "compare",
+    "explain",
+    "adapt",
+    "search",
+    "bench",
+    "trace",
+    "simulate",
+    "reproduce",
+    "info",
+]
 
 
 @pytest.fixture
