@@ -19,16 +19,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sparseloom.experiments.contenders import (
-    Against,
-    Log,
-    rows_against,
-    scored,
-    slug,
-    tuned,
-    without_probability_dropout,
-)
+from sparseloom.experiments.contenders import Against, Log, rows_against, scored, slug, tuned
 from sparseloom.experiments.study_command import run_command
+from sparseloom.integrations.describe import attention_modules
 from sparseloom.methods import Dense, DynamicSparse, Method, RandomMask, SlidingWindow
 from sparseloom.models import LoadedModel, load_model
 from sparseloom.tasks.classification import SentimentClassification
@@ -192,8 +185,14 @@ def _tune(
 
 
 def _classifier(source: str | Path, seed: int) -> LoadedModel:
+    """Without dropout of probabilities: PyTorch has no fast CPU attention with it."""
     torch.manual_seed(seed)
-    return without_probability_dropout(load_model(str(source), head="classifier"))
+    loaded = load_model(str(source), head="classifier")
+    for module in attention_modules(loaded.model):
+        dropout = getattr(module, "dropout", None)
+        if isinstance(dropout, torch.nn.Dropout):
+            dropout.p = 0.0
+    return loaded
 
 
 def _with_weights(method: Method, trained: Method) -> Method:
