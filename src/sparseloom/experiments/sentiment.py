@@ -36,11 +36,11 @@ class Study:
     batch: int = 16
     dense_steps: int = 250
     dense_lr: float = 1e-4
-    warmup_steps: int = 80
-    joint_steps: int = 60
-    query_rows: int = 64
-    lr: float = 3e-5
-    predictor_lr: float = 3e-3
+    warmup_steps: int = 300
+    joint_steps: int = 120
+    query_rows: int = 32
+    lr: float = 5e-5
+    predictor_lr: float = 1e-2
     projection: float = 0.5
     items: int = 10_000
     fewer_items: int = 2_000
