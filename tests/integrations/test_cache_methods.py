@@ -265,6 +265,21 @@ def test_keeping_everything_is_dense_token_for_token(
             assert torch.equal(model.generate(**inputs, **settings, num_beams=beams), dense)
 
 
+@each_method
+def test_half_precision_and_a_prompt_in_inference_mode(
+    zoo: SimpleNamespace, method: Generating
+) -> None:
+    model, ids, cache = zoo.build("llama"), zoo.ids(20), DynamicCache()
+    with sl.sparsify(model, method):
+        wanted = zoo.follow(model, ids, DynamicCache())
+        with torch.inference_mode():
+            model(input_ids=ids[:, :PROMPT], past_key_values=cache)
+        assert torch.equal(zoo.follow(model, ids, cache), wanted[:, 1:])
+        half = zoo.follow(model.to(torch.bfloat16), ids, DynamicCache())
+    assert half.dtype == torch.bfloat16
+    assert half.isfinite().all()
+
+
 def test_bytes_read(zoo: SimpleNamespace) -> None:
     """Two key heads of width 8 in fp32; the second step after a prompt of 19."""
     model, ids = zoo.build("llama"), zoo.ids(21)
