@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,22 @@ def test_a_decoder_is_shown_in_the_step_after_its_prompt() -> None:
     row = shown.to_row()
     assert lines(row)[0].words[-1].new
     assert not lines(row)[0].words[0].new
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+def test_a_prompt_that_gets_shorter_is_shown_in_one_pass(granularity: Any) -> None:
+    loaded, text = decoder(), "import os"
+    method = replace(METHOD, prompt="shorten", granularity=granularity)
+    shown = explain(loaded, text, method)
+    assert [sum(view.alive) for view in shown.layers] == method.kept_tokens(3, 9)
+    assert (shown.written, len(shown.pieces)) == (0, 9)
+    # Every alive query of every head hands out probabilities that add up to one.
+    first = 9 * 4 if granularity == "layer" else 9 + 9 + 8 + 7
+    assert sum(shown.layers[0].importance) == pytest.approx(first, rel=1e-3)
+    with sparsify(loaded.model, method):
+        logits = loaded.model(torch.tensor([list(text.encode())])).logits[0, -1]
+    assert shown.sparse[0][1] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-4)
 
 
 def test_the_picture_ranks_and_shades_those_alive() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from itertools import pairwise
 from types import SimpleNamespace
@@ -24,6 +25,8 @@ METHODS = [
     SpAtten(token_keep=0.4, head_keep=None, keep_first=False),
     SpAtten(token_keep=None, head_keep=(1.0, 0.75, 0.5, 0.25)),
     SpAtten(token_keep=(1.0, 0.7, 0.7, 0.2), head_keep=0.8, reference_length=20),
+    SpAtten(token_keep=0.5, head_keep=0.6, granularity="head"),
+    SpAtten(token_keep=(1.0, 0.7, 0.7, 0.2), head_keep=None, granularity="head", keep_first=False),
 ]
 
 
@@ -68,7 +71,14 @@ def masked_reference(model: Any, ids: Tensor, method: SpAtten) -> tuple[Tensor, 
     ]
     counts = method.kept_tokens(len(layers), length)
     tokens, token_scores = set(range(length)), [0.0] * length
-    seen_tokens, seen_heads = [], []
+    seen_tokens: list = []
+    seen_heads: list = []
+    first = 0 if method.keep_first is not False else -1
+
+    def best(of: set[int], count: int) -> set[int]:
+        ranked = sorted(of, key=lambda j: (j != first, -token_scores[j], j))
+        return set(ranked[: min(count, len(of))])
+
     head_counts, heads, head_scores = [], None, []
     for number, layer in enumerate(layers):
         query, key, value, out, norm, feed_forward, count = parts(layer)
@@ -79,7 +89,8 @@ def masked_reference(model: Any, ids: Tensor, method: SpAtten) -> tuple[Tensor, 
         seen_heads.append(sorted(heads))
         dim = width // count
         context = torch.zeros_like(x)
-        for h in heads:
+        last = number + 1 == len(layers)
+        for done, h in enumerate(sorted(heads), 1):
             span = slice(h * dim, (h + 1) * dim)
             q, k, v = (part(x)[:, span] for part in (query, key, value))
             for i in tokens:
@@ -90,10 +101,11 @@ def masked_reference(model: Any, ids: Tensor, method: SpAtten) -> tuple[Tensor, 
                     token_scores[j] += weight
                 context[i, span] = weights @ v[alive]
                 head_scores[h] += float(context[i, span].abs().sum())
-        if number + 1 < len(layers):
-            first = min(tokens) if method.keep_first is not False else -1
-            ranked = sorted(tokens, key=lambda j: (j != first, -token_scores[j], j))
-            tokens = set(ranked[: min(counts[number + 1], len(tokens))])
+            if method.granularity == "head" and not last:
+                gone = (counts[number] - counts[number + 1]) * done // len(heads)
+                tokens = best(tokens, counts[number] - gone)
+        if not last:
+            tokens = best(tokens, counts[number + 1])
             ranked = sorted(heads, key=lambda h: (-head_scores[h], h))
             heads = set(ranked[: head_counts[number + 1]])
         new = feed_forward(norm(out(context) + x))
@@ -127,16 +139,18 @@ def test_equals_the_reference_that_masks(
 
 @torch.no_grad()
 @pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("granularity", ["layer", "head"])
 def test_a_batch_equals_its_sequences_alone(
-    zoo: SimpleNamespace, encoder: str, padding: str
+    zoo: SimpleNamespace, encoder: str, padding: str, granularity: str
 ) -> None:
+    method = dataclasses.replace(METHOD, granularity=granularity)
     model, inputs = build(zoo, encoder), zoo.inputs(padding, length=40, batch=8)
     given = dict(inputs)
     if encoder != "distilbert":  # positions count from the left edge, padding or not
         first = {"bert": 0, "roberta": 2}[encoder]
         given["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0) + first
     assert len(set(inputs["attention_mask"].sum(1).tolist())) == 8
-    with sparsify(model, METHOD) as sparse:
+    with sparsify(model, method) as sparse:
         together = model(**given)[0]
         alive = [s.tokens for s in sparse.survivors()]
         for row in range(8):
@@ -260,6 +274,20 @@ def test_half_precision_and_empty_sequences(zoo: SimpleNamespace, encoder: str) 
     assert found[[0, 2]].isfinite().all()
 
 
+@torch.no_grad()
+def test_pairs_are_counted_head_by_head(zoo: SimpleNamespace) -> None:
+    model, inputs = build(zoo, "bert"), zoo.inputs("none", length=20, batch=1)
+    keep = (1.0, 1.0, 0.5, 0.5)
+    method = SpAtten(token_keep=keep, head_keep=None, granularity="head")
+    with sparsify(model, method) as sparse:
+        model(**inputs)
+    rows = sparse.stats()
+    # From 20 to 10 tokens over the four heads of the second layer.
+    expected = [4 * 400, 20**2 + 18**2 + 15**2 + 13**2, 4 * 100, 4 * 100]
+    assert [row["kept_pairs"] for row in rows] == expected
+    assert [row["tokens_after"] for row in rows] == [20, 10, 10, 10]
+
+
 def test_gradients_are_those_of_the_same_computation(zoo: SimpleNamespace, encoder: str) -> None:
     """The choice is a constant: a finite difference of the loss agrees with the gradient."""
     model, inputs = build(zoo, encoder).double(), zoo.inputs("right", length=14)
@@ -284,7 +312,6 @@ def test_gradients_are_those_of_the_same_computation(zoo: SimpleNamespace, encod
     ("method", "error", "words"),
     [
         (SpAtten(key_bits=(8, 4)), NotImplementedError, "key_bits, value_bits"),
-        (SpAtten(granularity="head"), NotImplementedError, "granularity 'head'"),
         (SpAtten(token_keep=(0.9,) * 4), ValueError, "must leave the first layer whole"),
         (SpAtten(head_front=0.0), ValueError, "head_front .* must leave the first layer whole"),
         (SpAtten(token_keep=(1.0, 0.5)), ValueError, "one share for each of 4 layers, got 2"),

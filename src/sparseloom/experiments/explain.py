@@ -1,8 +1,9 @@
 """Which tokens of a text each layer of a pruned model still reads, and what it then answers.
 
 The picture of Wang, Zhang, Han: SpAtten, HPCA 2021, Fig. 1, for any text.  Encoders are shown in
-one pass.  Decoders read the prompt whole and choose at every step: shown is the first step, the
-one that reads the prompt's cache with one new token.
+one pass, and so are decoders whose prompt gets shorter.  Other decoders read the prompt whole and
+choose at every step: shown is the first step, the one that reads the prompt's cache with one new
+token.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from transformers.cache_utils import DynamicCache
 
 from sparseloom.experiments.pieces import Piece, encode, piece_of, token_text
 from sparseloom.integrations import sparsify
-from sparseloom.integrations.describe import describe
+from sparseloom.integrations.describe import chooses_in_cache, describe
 from sparseloom.integrations.generation import GenerationLayer
+from sparseloom.integrations.kept import Kept, whole
 from sparseloom.kernels import AttentionOutput, attention
 from sparseloom.mask import SparseMask
 from sparseloom.methods import AttentionInputs, SpAtten
@@ -65,7 +67,8 @@ class Explanation:
 
     Attributes:
         text: as given.
-        pieces: its tokens as parts of the text; of a decoder the last one is its own first token.
+        pieces: its tokens as parts of the text, and what the model wrote.
+        written: how many of the pieces the model wrote.
         layers: front to back.
         answer: what `dense` and `sparse` are: "class", "score", "next token", or "embedding".
         dense, sparse: the most probable answers of the unchanged and of the pruned model with
@@ -80,6 +83,7 @@ class Explanation:
     dense: tuple[tuple[str, float], ...] = ()
     sparse: tuple[tuple[str, float], ...] = ()
     similarity: float | None = None
+    written: int = 0
 
     def to_row(self) -> dict[str, Any]:
         """As a row of results."""
@@ -100,6 +104,7 @@ class Explanation:
             "dense": [list(one) for one in self.dense],
             "sparse": [list(one) for one in self.sparse],
             "similarity": self.similarity,
+            "written": self.written,
         }
 
 
@@ -121,70 +126,86 @@ def explain(loaded: LoadedModel, text: str, method: SpAtten) -> Explanation:
         ValueError: an empty text, or one that is too long.
         NotImplementedError: a model that the method cannot prune, or with another head.
     """
-    causal = describe(loaded.model).is_causal
+    shape = describe(loaded.model)
+    causal, steps = shape.is_causal, chooses_in_cache(method, shape)
     if causal and not loaded.is_causal:
         raise NotImplementedError(
             f"model: {type(loaded.model).__name__} is a decoder without a language-model head; "
             "encoders and language models can be explained"
         )
-    inputs, pieces = encode(loaded, text, spare=int(causal))
-    run = _one_step if causal else _one_pass
+    inputs, pieces = encode(loaded, text, spare=int(steps))
+    run = _one_step if steps else _one_pass
     return replace(run(loaded, method, inputs, pieces), text=text)
 
 
 class _Watch:
-    """Keeps every attention call, and the importance in the cache as the call left it."""
+    """What was left in every attention call, and the importance gathered when it was over."""
 
     def __init__(self, cache: DynamicCache | None = None) -> None:
-        self.calls: list[tuple[AttentionInputs, SparseMask | None]] = []
-        self.importance: list[Tensor] = []
-        self._cache = cache
+        self.layers: list[LayerView] = []
+        self._cache, self._kept = cache, Kept()
+        self._gathered: Tensor | None = None
+
+    def on_kept(self, kept: Kept) -> None:
+        """Comes before the call that it belongs to."""
+        self._kept = kept
 
     def on_attention(
         self, inputs: AttentionInputs, mask: SparseMask | None, output: Tensor
     ) -> None:
-        del output
-        self.calls.append((inputs, mask))
-        if self._cache is not None:
+        del mask, output
+        kept = self._kept
+        if kept.tokens is None or kept.heads is None:  # a prompt that is read whole
+            return
+        if self._cache is None:
+            gathered = _importance(inputs, kept)
+            self._gathered = gathered if self._gathered is None else self._gathered + gathered
+        else:
             layer = self._cache.layers[0]
             assert isinstance(layer, GenerationLayer)
-            scores = getattr(layer.run, "tokens", None)
-            assert isinstance(scores, Tensor)
-            self.importance.append(scores[0].clone())
+            self._gathered = getattr(layer.run, "tokens", None)
+        assert self._gathered is not None
+        shown = (round(number, 4) for number in self._gathered[0].tolist())
+        alive, heads = kept.tokens[0].tolist(), kept.heads[0].tolist()
+        self.layers.append(LayerView(tuple(alive), tuple(shown), tuple(heads)))
+
+
+def _importance(inputs: AttentionInputs, kept: Kept) -> Tensor:
+    """Of all tokens of the input, from the call of a sequence that got shorter: (1, length)."""
+    assert inputs.value is not None
+    assert kept.heads is not None
+    found = attention(
+        *(whole(kept, part) for part in (inputs.query, inputs.key, inputs.value)),
+        kept.mask,
+        is_causal=inputs.is_causal,
+        scale=inputs.scale,
+        enable_gqa=inputs.query.shape[1] != inputs.key.shape[1],
+        return_importance=True,
+    )
+    assert isinstance(found, AttentionOutput)
+    assert found.key_importance is not None
+    return (found.key_importance * kept.heads[..., None]).sum(1).float().cpu()
 
 
 def _one_pass(
     loaded: LoadedModel, method: SpAtten, inputs: dict[str, Tensor], pieces: list[Piece]
 ) -> Explanation:
-    """An encoder."""
+    """A sequence that gets shorter."""
     model, watch = loaded.model, _Watch()
     dense: Any = model(**inputs)
-    with sparsify(model, method, observer=watch) as sparse:
+    with sparsify(model, method, observer=watch):
         pruned: Any = model(**inputs)
-        seen = sparse.survivors()
-    gathered = torch.zeros(len(pieces))
-    layers: list[LayerView] = []
-    for (call, _), survivors in zip(watch.calls, seen, strict=True):
-        assert survivors.tokens is not None
-        assert survivors.heads is not None
-        assert call.value is not None
-        found = attention(
-            call.query, call.key, call.value, scale=call.scale, return_importance=True
-        )
-        assert isinstance(found, AttentionOutput)
-        assert found.key_importance is not None
-        alive = survivors.tokens[0]
-        gathered[alive] += found.key_importance[0].sum(0).float().cpu()
-        layers.append(_view(alive, gathered, survivors.heads[0]))
-    shown = Explanation("", tuple(pieces), tuple(layers), "embedding")
+    shown = Explanation("", tuple(pieces), tuple(watch.layers), "embedding")
+    if loaded.is_causal:
+        first, second = (_next(loaded, out) for out in (dense, pruned))
+        return replace(shown, answer="next token", dense=first, sparse=second)
     if hasattr(dense, "logits"):
-        one_score = dense.logits.shape[-1] == 1
         labels: Any = model.config.id2label or {}
 
         def label(number: int) -> str:
             return str(labels.get(number, number))
 
-        if one_score:
+        if dense.logits.shape[-1] == 1:
             both = ((("score", float(out.logits.squeeze())),) for out in (dense, pruned))
             kind = "score"
         else:
@@ -208,36 +229,22 @@ def _one_step(
     with sparsify(model, method, observer=watch):
         prompt = model(input_ids=ids, past_key_values=cache, use_cache=True)
         new = prompt.logits[:, -1:].argmax(-1)  # the prompt ran whole: dense says the same
-        watch.calls.clear()
-        watch.importance.clear()
         step = model(input_ids=new, past_key_values=cache, use_cache=True)
     dense = model(input_ids=torch.cat([ids, new], 1))
-    layers: list[LayerView] = []
-    for (call, mask), gathered in zip(watch.calls, watch.importance, strict=True):
-        assert mask is not None
-        reads = mask.to_bool()[0, :, 0]  # (heads or 1, keys)
-        heads = reads.any(-1).expand(call.query.shape[1])
-        layers.append(_view(reads.any(0), gathered, heads))
-
-    def label(number: int) -> str:
-        return token_text(loaded, number)
-
     return Explanation(
         "",
         (*pieces, piece_of(loaded, int(new))),
-        tuple(layers),
+        tuple(watch.layers),
         "next token",
-        dense=_best(dense.logits[0, -1].float(), label),
-        sparse=_best(step.logits[0, -1].float(), label),
+        dense=_next(loaded, dense),
+        sparse=_next(loaded, step),
+        written=1,
     )
 
 
-def _view(alive: Tensor, importance: Tensor, heads: Tensor) -> LayerView:
-    return LayerView(
-        tuple(alive.tolist()),
-        tuple(round(number, 4) for number in importance.tolist()),
-        tuple(heads.tolist()),
-    )
+def _next(loaded: LoadedModel, out: Any) -> tuple[tuple[str, float], ...]:
+    """The most probable tokens behind the text."""
+    return _best(out.logits[0, -1].float(), lambda number: token_text(loaded, number))
 
 
 def _best(logits: Tensor, label: Any) -> tuple[tuple[str, float], ...]:

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from sparseloom.methods.base import Method
+from sparseloom.methods.generation import Generating
 from sparseloom.methods.learned import MethodShape
 from sparseloom.trace.schema import ModelShape
 
@@ -36,6 +38,15 @@ def describe(model: nn.Module) -> ModelShape:
         gated_ffn=any(name.endswith((".gate_proj", ".gate_up_proj"))
                       for name, _ in model.named_modules()),
     )  # fmt: skip
+
+
+def chooses_in_cache(method: Method, shape: ModelShape) -> bool:
+    """Whether the method chooses what each step reads of this model's cache.
+
+    Otherwise, if it prunes, the sequence itself gets shorter.
+    """
+    shortens = getattr(method, "prompt", "whole") == "shorten"
+    return shape.is_causal and isinstance(method, Generating) and not shortens
 
 
 def method_shape(model: nn.Module) -> MethodShape:

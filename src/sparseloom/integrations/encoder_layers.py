@@ -1,103 +1,30 @@
-"""The parts of an encoder layer, for those who run it in another way than transformers does.
+"""The parts of encoder layers.
 
 Two layouts: BERT's (`BertLayer`, `RobertaLayer` …) and DistilBERT's (`TransformerBlock`).  Both are
-post-norm: attention, residual and norm, feed-forward, residual and norm.  Each projection can run
-on some of the heads only, by slicing its weights.
+post-norm: attention, residual and norm, feed-forward, residual and norm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from sparseloom.integrations import _compat
+from sparseloom.integrations.prunable import FourProjections, PrunableLayer, holders
 
 _BERT_LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer", "ElectraLayer")
 _DISTILBERT_LAYERS = ("TransformerBlock",)
 
-Heads = Int64[Tensor, " chosen"] | None
-"""The heads to compute, ascending; None = all."""
 
-
-@dataclass(frozen=True)
-class EncoderLayer:
-    """One layer of an encoder, taken apart.
-
-    Attributes:
-        module: the layer itself.
-        query, key, value, out: the four projections.
-        heads, head_dim: of the attention.
-        inner: width inside the feed-forward.
-        dropout: of the attention probabilities; the module is asked whether it is training.
-        join: (projected attention output, layer input) → input of the feed-forward.
-        feed_forward: → the layer's output.
-        as_tuple: whether the layer returns a tuple (transformers 4.x).
-    """
-
-    module: nn.Module
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
-    out: nn.Module
-    heads: int
-    head_dim: int
-    inner: int
-    dropout: nn.Module
-    join: Callable[[Tensor, Tensor], Tensor]
-    feed_forward: Callable[[Tensor], Tensor]
-    as_tuple: bool
-
-    def split(
-        self, states: Float[Tensor, "batch tokens width"], heads: Heads
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of some heads, each (batch, heads, tokens, head_dim)."""
-        parts = (self.query, self.key, self.value)
-        return tuple(self._rows(part, states, heads) for part in parts)  # pyright: ignore[reportReturnType]
-
-    def merge(
-        self, context: Float[Tensor, "batch tokens heads head_dim"], heads: Heads
-    ) -> Float[Tensor, "batch tokens width"]:
-        """The output projection, on the columns of some heads."""
-        flat = context.flatten(2)
-        if heads is None:
-            return self.out(flat)
-        if not isinstance(self.out, nn.Linear) or not _is_plain(self.out):
-            full = context.new_zeros(*context.shape[:2], self.heads, self.head_dim)
-            return self.out(full.index_copy(2, heads, context).flatten(2))
-        weight = self.out.weight.unflatten(1, (self.heads, self.head_dim))
-        return F.linear(flat, weight.index_select(1, heads).flatten(1), self.out.bias)
-
-    def _rows(self, part: nn.Module, states: Tensor, heads: Heads) -> Tensor:
-        shape = (self.heads if heads is None else heads.numel(), self.head_dim)
-        if heads is None:
-            found = part(states)
-        elif isinstance(part, nn.Linear) and _is_plain(part):
-            weight = part.weight.unflatten(0, (self.heads, self.head_dim))
-            bias = part.bias
-            if bias is not None:
-                bias = bias.unflatten(0, (self.heads, self.head_dim)).index_select(0, heads)
-                bias = bias.flatten()
-            found = F.linear(states, weight.index_select(0, heads).flatten(0, 1), bias)
-        else:
-            found = part(states).unflatten(-1, (self.heads, self.head_dim))
-            found = found.index_select(-2, heads).flatten(-2)
-        return found.unflatten(-1, shape).transpose(1, 2)
-
-
-def encoder_layers(model: nn.Module, attentions: list[nn.Module]) -> list[EncoderLayer]:
+def encoder_layers(model: nn.Module, attentions: list[nn.Module]) -> list[PrunableLayer]:
     """The layers that hold these attention modules, in the same order.
 
     Raises:
         NotImplementedError: layers of another layout than BERT's or DistilBERT's.
     """
-    holder = {id(own): layer for layer in model.modules() for own in _attention_of(layer)}
-    found: list[EncoderLayer] = []
+    holder = holders(model, _attention_of)
+    found: list[PrunableLayer] = []
     for attention in attentions:
         layer = holder.get(id(attention))
         if layer is None:
@@ -119,28 +46,22 @@ def _attention_of(layer: nn.Module) -> list[nn.Module]:
     return []
 
 
-def _parts(layer: Any, attention: Any) -> EncoderLayer:
+def _parts(layer: Any, attention: Any) -> PrunableLayer:
     if hasattr(attention, "q_lin"):
 
-        def add_and_norm(projected: Tensor, states: Tensor) -> Tensor:
-            return layer.sa_layer_norm(projected + states)
-
-        def two_layers(states: Tensor) -> Tensor:
+        def finish(projected: Tensor, states: Tensor) -> Tensor:
+            states = layer.sa_layer_norm(projected + states)
             return layer.output_layer_norm(layer.ffn.ff_chunk(states) + states)
 
-        return EncoderLayer(
+        return FourProjections(
             module=layer,
             query=attention.q_lin,
             key=attention.k_lin,
             value=attention.v_lin,
             out=attention.out_lin,
-            heads=attention.n_heads,
-            head_dim=attention.dim // attention.n_heads,
             inner=layer.ffn.lin1.out_features,
-            dropout=attention.dropout,
-            join=add_and_norm,
-            feed_forward=two_layers,
-            as_tuple=_compat.MAJOR < 5,
+            finish=finish,
+            **_common(attention.n_heads, attention.dim // attention.n_heads, attention.dropout),
         )
     if getattr(attention, "position_embedding_type", "absolute") != "absolute":
         raise NotImplementedError(
@@ -149,26 +70,31 @@ def _parts(layer: Any, attention: Any) -> EncoderLayer:
         )
     after = layer.attention.output
 
-    def drop_add_and_norm(projected: Tensor, states: Tensor) -> Tensor:
-        return after.LayerNorm(after.dropout(projected) + states)
+    def drop_and_finish(projected: Tensor, states: Tensor) -> Tensor:
+        return layer.feed_forward_chunk(after.LayerNorm(after.dropout(projected) + states))
 
-    return EncoderLayer(
+    return FourProjections(
         module=layer,
         query=attention.query,
         key=attention.key,
         value=attention.value,
         out=after.dense,
-        heads=attention.num_attention_heads,
-        head_dim=attention.attention_head_size,
         inner=layer.intermediate.dense.out_features,
-        dropout=attention.dropout,
-        join=drop_add_and_norm,
-        feed_forward=layer.feed_forward_chunk,
-        as_tuple=_compat.MAJOR < 5,
+        finish=drop_and_finish,
+        **_common(attention.num_attention_heads, attention.attention_head_size, attention.dropout),
     )
 
 
-def _is_plain(part: nn.Linear) -> bool:
-    """Whether its weight is all that it computes with (no adapter, no hook of the user's)."""
-    hooks = part._forward_hooks or part._forward_pre_hooks
-    return type(part) is nn.Linear and not hooks and torch.is_tensor(part.weight)
+def _common(heads: int, head_dim: int, dropout: Any) -> dict[str, Any]:
+    """What both layouts have in common."""
+    return {
+        "heads": heads,
+        "kv_heads": heads,
+        "head_dim": head_dim,
+        "scale": head_dim**-0.5,
+        "is_causal": False,
+        "matrices": 2,
+        "dropout": lambda: float(dropout.p) if dropout.training else 0.0,
+        "enter": lambda states: states,
+        "as_tuple": _compat.MAJOR < 5,
+    }

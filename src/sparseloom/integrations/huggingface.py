@@ -26,7 +26,12 @@ from sparseloom.integrations.call import (
     attention_function,
     capture,
 )
-from sparseloom.integrations.describe import attention_modules, config_of, describe
+from sparseloom.integrations.describe import (
+    attention_modules,
+    chooses_in_cache,
+    config_of,
+    describe,
+)
 from sparseloom.integrations.stats import LayerStats
 from sparseloom.kernels.ops import BACKENDS
 from sparseloom.methods import SpAtten
@@ -66,7 +71,8 @@ def sparsify(
     and beam search with the dynamic cache, training with attention dropout and with gradient
     checkpointing.  `SpAtten` shortens BERT, RoBERTa and DistilBERT; gradient checkpointing and
     hidden states of all layers are not supported with it.  In decoders it chooses what each step of
-    generation reads of the cache; the prompt runs whole.
+    generation reads of the cache; the prompt runs whole, or (`prompt="shorten"`: GPT-2, Llama,
+    Mistral, Qwen) a pass without a cache is shortened as in encoders.
 
     Args:
         model: a Hugging Face model; restored exactly on exit, also after an exception.
@@ -111,10 +117,9 @@ class Sparsified:
 
     def __enter__(self) -> Sparsified:
         modules = attention_modules(self.model)
-        if isinstance(self.method, (Pruner, Generating)):
-            generates = describe(self.model).is_causal and isinstance(self.method, Generating)
-            if not generates:
-                return self._enter_pruning(modules)
+        prunes = isinstance(self.method, (Pruner, Generating))
+        if prunes and not chooses_in_cache(self.method, describe(self.model)):
+            return self._enter_pruning(modules)
         self._session.layers = len(modules)
         legacy = [module for module in modules if _compat.has_bert_layout(module)]
         if not _compat.follows_interface(self.model) and len(legacy) != len(modules):
@@ -141,21 +146,17 @@ class Sparsified:
         return self
 
     def _enter_pruning(self, modules: list[nn.Module]) -> Sparsified:
-        """Run an encoder on what its method leaves of the sequence."""
+        """Run a model on what its method leaves of the sequence."""
         from sparseloom.integrations.shortening import Shortening
 
-        if describe(self.model).is_causal:
-            raise NotImplementedError(
-                f"method: {self.method.name} prunes encoders, and {type(self.model).__name__} is "
-                "a decoder"
-            )
+        is_causal = describe(self.model).is_causal
         if not isinstance(self.method, SpAtten):
             raise NotImplementedError(
-                f"method: {self.method.name} prunes caches, and {type(self.model).__name__} has "
-                "none"
+                f"method: {self.method.name} cannot prune {type(self.model).__name__}, a"
+                f"{' decoder' if is_causal else 'n encoder, which has no cache'}"
             )
         self._refuse_nesting(modules)
-        self._shortening = Shortening(self.model, modules, self._session)
+        self._shortening = Shortening(self.model, modules, self._session, is_causal=is_causal)
         _compat.register(NAME, attention_function, padding.mask_function)
         with ExitStack() as undo:
             for layer, module in enumerate(modules):
@@ -164,6 +165,8 @@ class Sparsified:
                 undo.callback(self._shortening.attach(layer))
             undo.enter_context(_before_models(self.model, _refuse_outputs))
             undo.enter_context(_before_models(self.model, _refuse_hidden_states))
+            if is_causal:
+                undo.enter_context(_before_models(self.model, _without_cache))
             if _compat.follows_interface(self.model):  # so that masks are padding alone
                 for config in _configs(self.model):
                     undo.callback(_select(config))
@@ -281,6 +284,18 @@ def _before_models(model: nn.Module, hook: Callable[..., None]) -> Generator[Non
             if hasattr(module, "_supports_attention_backend"):
                 undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
+
+
+def _without_cache(
+    _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A pass whose sequence gets shorter fills no cache: nobody gets one who did not ask for it."""
+    if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+        raise NotImplementedError(
+            "past_key_values: a cache of a prompt that gets shorter would lack the keys that "
+            "later steps are to choose from; generate with SpAtten(prompt='whole')"
+        )
+    return args, {**kwargs, "use_cache": False}
 
 
 def _refuse_hidden_states(module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:

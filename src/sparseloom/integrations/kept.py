@@ -63,14 +63,19 @@ def kept_of_survivors(
     measured: bool,
     places: Int64[Tensor, "batch tokens"],
     head_places: Int64[Tensor, " some"] | None,
+    head_tokens: Bool[Tensor, "batch heads length"] | None = None,
 ) -> Kept:
-    """What a layer of a shortened encoder computed: every pair of the tokens that are left."""
+    """What a layer of a shortened model computed: every pair of the tokens that are left.
+
+    `head_tokens` are those of each head, where tokens leave between the heads.
+    """
     tokens, heads = survivors.tokens, survivors.heads
     assert tokens is not None
     assert heads is not None
     pairs = tokens[:, None, :, None] & tokens[:, None, None, :]
-    apart = not bool((heads == heads[:1]).all())
-    if apart:
+    if head_tokens is not None:
+        pairs = head_tokens[..., :, None] & head_tokens[..., None, :]
+    elif not bool((heads == heads[:1]).all()):
         pairs = pairs & heads[:, :, None, None]
     order = torch.arange(tokens.shape[1], device=places.device).expand(len(tokens), -1)
     return Kept(

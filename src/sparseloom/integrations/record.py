@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sparseloom.integrations.describe import attention_modules, describe
+from sparseloom.integrations.describe import attention_modules, chooses_in_cache, describe
 from sparseloom.integrations.huggingface import sparsify
 from sparseloom.integrations.kept import Kept, whole
 from sparseloom.mask import SparseMask
 from sparseloom.methods import Dense, SpAtten
 from sparseloom.methods.base import AttentionInputs, Method, Pruner
-from sparseloom.methods.generation import Generating
 from sparseloom.trace import (
     AttentionCall,
     MaskArrays,
@@ -55,7 +54,7 @@ def record(
 
     Of a method that prunes, a call says which tokens and heads were left, which keys a step of
     generation read and how many of their values, at which widths, and which rows fetched the low
-    bits.  Where an encoder's sequence gets shorter, the workload is that of the whole sequence,
+    bits.  Where the sequence itself gets shorter, the workload is that of the whole sequence,
     from a pass of its own, and what was pruned is in the selection.
 
     Args:
@@ -76,7 +75,7 @@ def record(
     if new_tokens and not getattr(model, "can_generate", bool)():
         raise ValueError(f"new_tokens must be 0: {type(model).__name__} cannot generate")
     shape = describe(model)
-    generates = shape.is_causal and isinstance(method, Generating)
+    generates = chooses_in_cache(method, shape)
     whole_run = None
     if isinstance(method, Pruner) and not generates:  # whose sequence gets shorter
         whole_run = record(model, Dense(), inputs, name=name).workload

@@ -1,29 +1,32 @@
-"""An encoder whose sequence gets shorter from layer to layer, as a pruning method wants it.
+"""A model whose sequence gets shorter from layer to layer, as a pruning method wants it.
 
-Every layer of the model gets a forward of ours for as long as the model is sparsified.  It runs
-the attention of the tokens and heads that are left, asks the method who stays, and runs output
-projection and feed-forward on those.  A token that leaves keeps the state in which it entered that
-layer; after the last layer all states are put back in their places, so that outputs keep their
-length.
+An encoder, or a decoder in a pass without a cache.  Every layer of the model gets a forward of ours
+for as long as the model is sparsified.  It runs the attention of the tokens and heads that are
+left, asks the method who stays, and runs output projection and feed-forward on those.  A token that
+leaves keeps the state in which it entered that layer; after the last layer (before a decoder's
+final norm) all states are put back in their places, so that outputs keep their length.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 
 from sparseloom.integrations.call import Session
-from sparseloom.integrations.encoder_layers import EncoderLayer, Heads, encoder_layers
+from sparseloom.integrations.decoder_layers import decoder_layers
+from sparseloom.integrations.encoder_layers import encoder_layers
 from sparseloom.integrations.kept import KeptObserver, kept_of_survivors
 from sparseloom.integrations.padding import PaddingReader
+from sparseloom.integrations.prunable import Heads, PrunableLayer, Rotary
+from sparseloom.integrations.pruned_attention import Measured, attend, attend_by_head
 from sparseloom.integrations.stats import LayerCounts, PrunedLayer
-from sparseloom.kernels import attention, choose_backend
 from sparseloom.methods.base import AttentionInputs, Survivors
 from sparseloom.methods.cascade import Cascade
 from sparseloom.methods.spatten import SpAtten
@@ -41,21 +44,27 @@ class Pass:
         stages: of each shortening, the states before it, the slots that stayed, and which of
             these count.
         seen: of each layer so far, the tokens and heads of its attention.
+        rotary: cos and sin of the whole input, in models that have them.
     """
 
     cascade: Cascade
     length: int
+    rotary: Rotary
     stages: list[tuple[Tensor, Tensor, Tensor]]
     seen: list[Survivors]
 
 
 class Shortening:
-    """The layers of one encoder under one method."""
+    """The layers of one model under one method."""
 
-    def __init__(self, model: nn.Module, attentions: list[nn.Module], session: Session) -> None:
+    def __init__(
+        self, model: nn.Module, attentions: list[nn.Module], session: Session, *, is_causal: bool
+    ) -> None:
         assert isinstance(session.method, SpAtten)
         self.session, self.method = session, session.method
-        self.layers = encoder_layers(model, attentions)
+        layers = decoder_layers if is_causal else encoder_layers
+        self.layers = layers(model, attentions)
+        self._signatures = [inspect.signature(type(one.module).forward) for one in self.layers]
         self.last_pass: Pass | None = None
         self._running: Pass | None = None
         _check_method(self.method, self.layers)
@@ -80,21 +89,15 @@ class Shortening:
 
         return take_back
 
-    def _forward(
-        self,
-        index: int,
-        hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor | tuple[Tensor]:
+    def _forward(self, index: int, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         layer = self.layers[index]
-        states = kwargs.get("x") if hidden_states is None else hidden_states  # DistilBERT of 4.x
-        assert states is not None
-        mask = kwargs.get("attn_mask") if attention_mask is None else attention_mask
-        _refuse(layer.module, args, kwargs)
+        given = self._signatures[index].bind(layer.module, *args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        states = given.get("hidden_states", given.get("x"))  # DistilBERT of 4.x
+        mask = given.get("attention_mask", given.get("attn_mask"))
+        _refuse(layer.module, given)
         if index == 0:
-            self._running = self._begin(states, mask)
+            self._running = self._begin(states, mask, given.get("position_embeddings"))
         run = self._running
         if run is None or run.cascade.valid.shape[1] != states.shape[1]:
             raise RuntimeError(
@@ -105,95 +108,76 @@ class Shortening:
         if index == len(self.layers) - 1:
             states = _put_back(states, run.stages)
             self.last_pass, self._running = run, None
-            run.stages = []  # keep no activations alive
+            run.stages, run.rotary = [], None  # keep no activations alive
         return (states,) if layer.as_tuple else states
 
-    def _begin(self, states: Tensor, mask: Tensor | None) -> Pass:
+    def _begin(self, states: Tensor, mask: Tensor | None, rotary: Rotary) -> Pass:
         batch, length, _ = states.shape
-        valid = _valid(mask, self.session.read_padding, length)
+        first = self.layers[0]
+        valid = _valid(mask, self.session.read_padding, length, is_causal=first.is_causal)
         if valid is None:
             valid = torch.ones(1, length, dtype=torch.bool, device=states.device)
         cascade = self.method.start(
-            len(self.layers), self.layers[0].heads, valid.expand(batch, -1), is_causal=False
+            len(self.layers), first.heads, valid.expand(batch, -1), is_causal=first.is_causal
         )
-        return Pass(cascade, length, [], [])
+        return Pass(cascade, length, rotary, [], [])
 
-    def _layer(self, index: int, layer: EncoderLayer, run: Pass, states: Tensor) -> Tensor:
+    def _layer(self, index: int, layer: PrunableLayer, run: Pass, states: Tensor) -> Tensor:
         cascade = run.cascade
         before = _snapshot(cascade, run.length)
-        heads = _agreed(cascade.heads_alive)
+        heads = _agreed(cascade.heads_alive) if layer.slices else None
         prunes = index + 1 < len(self.layers) and cascade.prunes_after(index)
-        inputs, out, importance, backend = self._attention(
-            index, layer, cascade, states, heads, measure=prunes
-        )
-        survivors = Survivors(None, None)
-        if importance is not None:
-            survivors = self.method.prune(inputs, *importance, cascade)
-        heads_now = cascade.heads_alive
+        inputs = _inputs(index, layer, run, layer.enter(states), heads)
+        head_tokens = None
+        if not prunes:
+            call, survivors = attend(inputs, layer.dropout(), measure=False), Survivors(None, None)
+        elif self.method.granularity == "head":
+            call, head_tokens, stays = attend_by_head(inputs, cascade, heads, layer.dropout())
+            survivors = Survivors(stays, cascade.rank(index + 1).heads)
+        else:
+            call = attend(inputs, layer.dropout(), measure=True)
+            assert call.keys is not None
+            assert call.heads is not None
+            keys = _all_heads(call.keys, heads, layer.heads)
+            rows = _all_heads(call.heads, heads, layer.heads)
+            survivors = self.method.prune(inputs, keys, rows, cascade)
+        out, heads_now = call.out, cascade.heads_alive
+        alive = heads_now if heads is None else heads_now[:, heads]
+        if not bool(alive.all()):
+            out = out.masked_fill(~alive[:, :, None, None], 0.0)
         lengths, places = cascade.valid.sum(1), cascade.positions
         slots = cascade.apply(survivors)
         context = out.transpose(1, 2)  # (B, n, h, D)
         if slots is not None:
             run.stages.append((states, slots, cascade.valid))
             context, states = _take(context, slots), _take(states, slots)
-        states = layer.feed_forward(layer.join(layer.merge(context, heads), states))
+        states = layer.finish(layer.merge(context, heads), states)
         run.seen.append(before)
-        self._count(index, inputs, backend, run, lengths, heads_now)
+        self._count(index, inputs, call, run, lengths, heads_now, head_tokens)
         if (observer := self.session.observer) is not None:
             if isinstance(observer, KeptObserver):
-                kept = kept_of_survivors(before, measured=prunes, places=places, head_places=heads)
+                kept = kept_of_survivors(
+                    before,
+                    measured=prunes,
+                    places=places,
+                    head_places=heads,
+                    head_tokens=None
+                    if head_tokens is None
+                    else _whole_heads(head_tokens, places, heads, before),
+                )
                 observer.on_kept(kept)
             observer.on_attention(inputs, None, out)
         return states
-
-    def _attention(
-        self,
-        index: int,
-        layer: EncoderLayer,
-        cascade: Cascade,
-        states: Tensor,
-        heads: Heads,
-        *,
-        measure: bool,
-    ) -> tuple[AttentionInputs, Tensor, tuple[Tensor, Tensor] | None, str]:
-        """One layer's attention, and the importance of its tokens and heads where it is asked."""
-        query, key, value = layer.split(states, heads)
-        padded = not bool(cascade.valid.all())
-        alive = cascade.heads_alive if heads is None else cascade.heads_alive[:, heads]
-        valid = cascade.valid if padded else None
-        inputs = AttentionInputs(
-            query=query,
-            key=key,
-            value=value,
-            layer=index,
-            is_causal=False,
-            scale=layer.head_dim**-0.5,
-            key_padding=valid,
-            hidden_states=states,
-        )
-        dropout = _probability(layer.dropout)
-        out, columns, backend = _compute(inputs, dropout, measure=measure)
-        importance = None
-        if columns is not None:
-            rows = out.detach().abs().sum(-1, dtype=torch.float32)  # (B, h, n)
-            if valid is not None:
-                rows = rows.masked_fill(~valid[:, None], 0.0)
-            importance = (
-                _all_heads(columns, heads, layer.heads),
-                _all_heads(rows.sum(-1), heads, layer.heads),
-            )
-        if not bool(alive.all()):
-            out = out.masked_fill(~alive[:, :, None, None], 0.0)
-        return inputs, out, importance, backend
 
     def _count(
         self,
         index: int,
         inputs: AttentionInputs,
-        backend: str,
+        call: Measured,
         run: Pass,
         lengths: Tensor,
         heads: Tensor,
+        head_tokens: Tensor | None,
     ) -> None:
         layer, cascade = self.layers[index], run.cascade
         first = run.seen[0].tokens
@@ -202,51 +186,47 @@ class Shortening:
             PrunedLayer(
                 width=inputs.hidden_states.shape[-1],  # pyright: ignore[reportOptionalMemberAccess]
                 inner=layer.inner,
+                matrices=layer.matrices,
                 heads=layer.heads,
+                kv_heads=layer.kv_heads,
                 head_dim=layer.head_dim,
+                is_causal=layer.is_causal,
                 element_size=inputs.query.element_size(),
                 lengths=first.sum(1).tolist(),
                 tokens=lengths.tolist(),
                 tokens_after=cascade.valid.sum(1).tolist(),
                 heads_alive=heads.sum(1).tolist(),
                 heads_after=cascade.heads_alive.sum(1).tolist(),
+                head_tokens=None if head_tokens is None else head_tokens.sum(2).tolist(),
             ),
-            backend=backend,
+            backend=call.backend,
         )
 
 
-def _compute(
-    inputs: AttentionInputs, dropout: float, *, measure: bool
-) -> tuple[Tensor, Tensor | None, str]:
-    """The attention output, if asked the column sums over real queries, and the backend."""
-    assert inputs.value is not None
-    query, key, value, valid = inputs.query, inputs.key, inputs.value, inputs.key_padding
-    options: Any = {"key_padding": valid, "scale": inputs.scale}
-    learns = torch.is_grad_enabled() and (query.requires_grad or value.requires_grad)
-    apart = measure and (learns or dropout > 0)  # ranking is a constant, and sees no dropout
-    out, name = None, "auto"
-    if apart or not measure:
-        name = choose_backend(query, key, value, dropout_p=dropout, **options)
-        out = attention(query, key, value, dropout_p=dropout, backend=name, **options)
-        assert isinstance(out, Tensor)
-        if not measure:
-            return out, None, name
-        query, key, value = query.detach(), key.detach(), value.detach()
-    if valid is not None:
-        # A zero query spreads evenly over the keys: what padding adds to each is known exactly.
-        query = query.masked_fill(~valid[:, None, :, None], 0.0)
-    found = attention(query, key, value, return_importance=True, **options)
-    assert not isinstance(found, Tensor)
-    columns = found.key_importance
-    assert columns is not None
-    if valid is not None:
-        real = valid.sum(1)
-        added = (valid.shape[1] - real) / real.clamp(min=1)
-        columns = (columns - added[:, None, None]).masked_fill(~valid[:, None], 0.0)
-    if out is None:
-        name = choose_backend(query, key, value, return_importance=True, **options)
-        out = found.out
-    return out, columns, name
+def _inputs(
+    index: int, layer: PrunableLayer, run: Pass, entered: Tensor, heads: Heads
+) -> AttentionInputs:
+    """One layer's attention call, on the tokens and heads that are left."""
+    cascade, rotary = run.cascade, run.rotary
+    if rotary is not None and run.stages:  # positions are those of the text
+        rows = cascade.positions[..., None]
+        cos, sin = (
+            part.expand(rows.shape[0], -1, -1).gather(1, rows.expand(-1, -1, part.shape[-1]))
+            for part in rotary
+        )
+        rotary = cos, sin
+    query, key, value = layer.split(entered, heads, rotary)
+    return AttentionInputs(
+        query=query,
+        key=key,
+        value=value,
+        layer=index,
+        is_causal=layer.is_causal,
+        scale=layer.scale,
+        key_padding=None if bool(cascade.valid.all()) else cascade.valid,
+        hidden_states=entered,
+        rotary=rotary,
+    )
 
 
 def _put_back(
@@ -284,7 +264,7 @@ def _agreed(alive: Bool[Tensor, "batch heads"]) -> Heads:
     return None if bool(some.all()) else some.nonzero().flatten()
 
 
-def _all_heads(values: Float[Tensor, "batch some *rest"], heads: Heads, total: int) -> Tensor:
+def _all_heads(values: Shaped[Tensor, "batch some *rest"], heads: Heads, total: int) -> Tensor:
     """Values of some heads as values of all, 0 for the others."""
     if heads is None:
         return values
@@ -292,25 +272,33 @@ def _all_heads(values: Float[Tensor, "batch some *rest"], heads: Heads, total: i
     return full.index_copy(1, heads, values)
 
 
-def _probability(dropout: Any) -> float:
-    return float(dropout.p) if dropout.training else 0.0
+def _whole_heads(
+    head_tokens: Bool[Tensor, "batch some tokens"], places: Tensor, heads: Heads, before: Survivors
+) -> Bool[Tensor, "batch heads length"]:
+    """The tokens of each head, at their places in the input."""
+    assert before.tokens is not None
+    assert before.heads is not None
+    batch, some, _ = head_tokens.shape
+    found = before.tokens[:, None].expand(-1, some, -1) & False
+    found = found.scatter(2, places[:, None].expand(batch, some, -1), head_tokens)
+    return _all_heads(found, heads, before.heads.shape[1])
 
 
 def _valid(
-    mask: Tensor | None, read: PaddingReader, length: int
+    mask: Tensor | None, read: PaddingReader, length: int, *, is_causal: bool
 ) -> Bool[Tensor, "mask_batch length"] | None:
     """The tokens that are not padding, from a 2-D (DistilBERT of 4.x) or a 4-D mask."""
     if mask is not None and mask.dim() == 2:
         return mask.bool()
-    return read(mask, q_len=length, is_causal=False)
+    return read(mask, q_len=length, is_causal=is_causal)
 
 
-def _refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    if given or any(value is not None and value is not False for value in args):
+def _refuse(module: nn.Module, given: dict[str, Any]) -> None:
+    refused = [name for name in _UNSUPPORTED if given.get(name) is not None]
+    if refused:
         raise NotImplementedError(
-            f"{given[0] if given else 'head_mask'}: cascade pruning does not support "
-            "cross-attention, caches in encoders, or masks over heads"
+            f"{refused[0]}: where the sequence gets shorter, cascade pruning does not support "
+            "cross-attention, caches, or masks over heads"
         )
     if module.training and getattr(module, "gradient_checkpointing", False):
         raise NotImplementedError(
@@ -319,14 +307,11 @@ def _refuse(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         )
 
 
-def _check_method(method: SpAtten, layers: list[EncoderLayer]) -> None:
+def _check_method(method: SpAtten, layers: list[PrunableLayer]) -> None:
     if method.key_bits is not None or method.value_bits is not None:
         raise NotImplementedError(
-            "key_bits, value_bits: quantised keys and values are not supported in encoders"
-        )
-    if method.granularity != "layer":
-        raise NotImplementedError(
-            f"granularity {method.granularity!r} is not supported in encoders, use 'layer'"
+            "key_bits, value_bits: quantised keys and values are not supported where the sequence "
+            "gets shorter"
         )
     count = len(layers)
     first = {"front": method.kept_tokens(count, 1 << 20)[0] < 1 << 20,

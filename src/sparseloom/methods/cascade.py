@@ -34,7 +34,7 @@ class Cascade:
         valid: Bool[Tensor, "batch length"],
         *,
         keep_first: bool = True,
-        keep_last: bool = False,
+        keep_last: int = 0,
     ) -> None:
         """Everything that is valid is alive.
 
@@ -42,7 +42,8 @@ class Cascade:
             token_counts: per sequence, the tokens that each layer sees.
             head_counts: heads that each layer sees.
             valid: the tokens that are not padding.
-            keep_first, keep_last: never prune the first, or the last token of a sequence.
+            keep_first: never prune the first token of a sequence.
+            keep_last: how many of its last tokens are never pruned, the very last before others.
         """
         batch, length = valid.shape
         device, heads = valid.device, max(head_counts)
@@ -70,6 +71,29 @@ class Cascade:
         self.tokens = self.tokens + torch.einsum("bhn,bh->bn", key_importance, alive).float()
         self.heads = self.heads + (head_importance * alive).float()
 
+    def gather_head(
+        self,
+        head: int,
+        key_importance: Float[Tensor, "batch tokens"],
+        head_importance: Float[Tensor, " batch"],
+    ) -> None:
+        """The same for one head alone."""
+        alive = self.heads_alive[:, head].to(key_importance.dtype)
+        self.tokens = self.tokens + (key_importance * alive[:, None]).float()
+        self.heads = self.heads.clone()
+        self.heads[:, head] += (head_importance * alive).float()
+
+    def narrow(
+        self, stays: Bool[Tensor, "batch tokens"], layer: int, done: Int64[Tensor, " batch"]
+    ) -> Bool[Tensor, "batch tokens"]:
+        """Who of `stays` is left once a sequence has run `done` of its heads of `layer`.
+
+        The count falls evenly, rounded up, from this layer's to the next one's.
+        """
+        now, after = self._token_counts[layer], self._token_counts[layer + 1]
+        counts = now - (now - after) * done // self.heads_alive.sum(1)
+        return stays if bool((counts >= stays.sum(1)).all()) else self._best(counts, stays)
+
     def rank(self, layer: int) -> Survivors:
         """Who takes part in `layer`: the highest scores of those alive."""
         if layer >= len(self._head_counts):
@@ -77,10 +101,7 @@ class Cascade:
         counts = self._token_counts[layer]
         tokens = None
         if bool((counts < self.valid.sum(1)).any()):
-            scores = self.tokens.masked_fill(~self.valid, -torch.inf)
-            tokens = (
-                largest(scores.masked_fill(self._kept_always(), torch.inf), counts) & self.valid
-            )
+            tokens = self._best(counts, self.valid)
         heads = None
         if (count := self._head_counts[layer]) < int(self.heads_alive.sum(1).max()):
             scores = self.heads.masked_fill(~self.heads_alive, -torch.inf)
@@ -98,15 +119,20 @@ class Cascade:
         self.tokens = self.tokens.gather(1, slots)
         return slots
 
-    def _kept_always(self) -> Bool[Tensor, "batch tokens"]:
+    def _best(
+        self, counts: Int64[Tensor, " batch"], among: Bool[Tensor, "batch tokens"]
+    ) -> Bool[Tensor, "batch tokens"]:
+        scores = self.tokens.masked_fill(~among, -torch.inf)
         first, last = self._forced
-        forced = torch.zeros_like(self.valid)
         order = self.valid.int().cumsum(1)  # 1 at the first token of a sequence
-        if first:
-            forced |= self.valid & (order == 1)
         if last:
-            forced |= self.valid & (order == order[:, -1:])
-        return forced
+            behind = order[:, -1:] - order  # 0 at the last one
+            above = torch.finfo(scores.dtype).max * (1 - 0.5 * behind / last)
+            scores = torch.where(among & (behind < last), above, scores)
+            scores = scores.masked_fill(among & (behind == 0), torch.inf)
+        if first:
+            scores = scores.masked_fill(among & (order == 1), torch.inf)
+        return largest(scores, counts) & among
 
 
 def largest(

@@ -55,7 +55,8 @@ class SpAtten(Pruner, Generating):
         threshold: in generation the low plane is read where the largest probability is below.
         decay: factor of the gathered importance, once per generation step.
         granularity: `"layer"` ranks tokens once per layer, as the published traces do; `"head"`
-            after every head, the count falling evenly from one layer's to the next one's.
+            after every head, the count falling evenly from one layer's to the next one's: where
+            the sequence is shortened; not in generation, whose heads run at once.
         front: share of the layers at the front that lose no tokens, where the rule spreads.
         head_front: the same for heads.
         start_ratio: pruned share in the first layer that prunes; None takes half the average,
@@ -65,8 +66,12 @@ class SpAtten(Pruner, Generating):
             inputs lose more, in proportion, up to 0.9 on average.  None: all lose the same share.
         keep_first: never prune the first token ([CLS]); None: in encoders.
         keep_last: never prune the newest token; None: in decoders.
-        recent: tokens that `keep_last` means while tokens are generated.  The paper names one at
-            most; language models need their nearest context, whose importance is still low.
+        recent: tokens that `keep_last` means.  The paper names one at most; language models need
+            their nearest context, whose importance is still low.
+        prompt: what a decoder does with the text it is given.  `"whole"`, as in the published
+            traces: nothing is pruned in it, and steps of generation choose what they read of its
+            cache.  `"shorten"`, as in the text (§III): its tokens leave layer by layer as in an
+            encoder; a pass without a cache.
     """
 
     name: ClassVar[str] = "spatten"
@@ -87,6 +92,7 @@ class SpAtten(Pruner, Generating):
     keep_first: bool | None = None
     keep_last: bool | None = None
     recent: int = 1
+    prompt: Literal["whole", "shorten"] = "whole"
 
     def __post_init__(self) -> None:
         for name in ("token_keep", "head_keep"):
@@ -103,6 +109,7 @@ class SpAtten(Pruner, Generating):
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold must be in [0, 1], got {self.threshold}")
         check_choice("granularity", self.granularity, ("layer", "head"))
+        check_choice("prompt", self.prompt, ("whole", "shorten"))
         check_at_least("recent", self.recent, 1)
         if self.reference_length is not None:
             check_at_least("reference_length", self.reference_length, 1)
@@ -141,7 +148,9 @@ class SpAtten(Pruner, Generating):
             head_counts=self.kept_heads(layers, heads),
             valid=valid,
             keep_first=not is_causal if self.keep_first is None else self.keep_first,
-            keep_last=is_causal if self.keep_last is None else self.keep_last,
+            keep_last=self.recent
+            if (is_causal if self.keep_last is None else self.keep_last)
+            else 0,
         )
 
     def prune(

@@ -57,7 +57,7 @@ class Line(NamedTuple):
 def lines(row: Row) -> list[Line]:
     """The picture of one explained text (a row of `sparseloom explain`)."""
     found: list[Line] = []
-    last = len(row["tokens"]) - 1
+    written = len(row["tokens"]) - row.get("written", 0)
     for number, layer in enumerate(row["layers"], 1):
         alive = [i for i, stays in enumerate(layer["alive"]) if stays]
         order = sorted(alive, key=lambda i: -layer["importance"][i])
@@ -70,7 +70,7 @@ def lines(row: Row) -> list[Line]:
                 i in ranks,
                 math.sqrt(max(layer["importance"][i], 0.0) / largest) if i in ranks else 0.0,
                 ranks.get(i, 0),
-                row["answer"] == "next token" and i == last,
+                i >= written,
             )
             for i, (gap, text) in enumerate(zip(row["gaps"], row["tokens"], strict=True))
         )
@@ -103,7 +103,7 @@ def outcome(row: Row) -> str:
 def write_words_page(path: Path, results: ResultsFile) -> None:
     """Write the page of `sparseloom explain`; it appears whole or not at all."""
     rows = [row.model_dump() for row in results.rows]
-    decodes = any(row["answer"] == "next token" for row in rows)
+    decodes = any(row.get("written") for row in rows)
     write_report(
         path,
         title=f"What {rows[0]['model']} still reads",
