@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparseloom.integrations import record, sparsify
+from sparseloom.integrations import Sparsified, record, sparsify
 from sparseloom.methods import SpAtten, parse_method
 
 FAMILIES = ["gpt2", "llama", "mistral", "qwen3"]
@@ -39,12 +39,17 @@ def given(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**inputs, "position_ids": positions}
 
 
+def tokens_of(sparse: Sparsified) -> list[Tensor]:
+    """Of each layer, (batch, length), the tokens in its attention."""
+    return [layer.tokens for layer in sparse.survivors() if layer.tokens is not None]
+
+
 def projected(layer: Any, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of all query heads, (heads, n, head_dim), by the model's parts."""
     if hasattr(layer, "attn"):
         own = layer.attn
         parts = own.c_attn(layer.ln_1(states)).split(own.split_size, -1)
-        return tuple(part.unflatten(-1, (-1, own.head_dim)).transpose(0, 1) for part in parts)  # type: ignore[return-value]
+        return tuple(part.unflatten(-1, (-1, own.head_dim)).transpose(0, 1) for part in parts)
     own = layer.self_attn
     entered = layer.input_layernorm(states)
     query, key, value = (
@@ -135,7 +140,7 @@ def test_equals_the_reference_that_masks(
         out = model(ids, labels=ids)
     torch.testing.assert_close(out.logits[0], expected, **CLOSE)
     assert out.past_key_values is None
-    found = [s.tokens[0].nonzero().flatten().tolist() for s in sparse.survivors()]
+    found = [alive.nonzero().flatten().tolist() for alive, *_ in tokens_of(sparse)]
     assert found == tokens
     assert [len(one) for one in tokens] == method.kept_tokens(4, 18)
     rows = sparse.stats()
@@ -155,13 +160,13 @@ def test_a_batch_equals_its_sequences_alone(
     model, inputs = build(zoo, decoder), given(zoo.inputs(padding, length=40, batch=8))
     with sparsify(model, method) as sparse:
         together = model(**inputs).logits
-        alive = [s.tokens for s in sparse.survivors()]
+        alive = tokens_of(sparse)
         for row in range(8):
             real = inputs["attention_mask"][row].bool()
             alone = model(**{name: part[row : row + 1, real] for name, part in inputs.items()})
             torch.testing.assert_close(together[row][real], alone.logits[0], **CLOSE)
-            for batch, single in zip(alive, sparse.survivors(), strict=True):
-                assert torch.equal(batch[row][real], single.tokens[0])
+            for batch, single in zip(alive, tokens_of(sparse), strict=True):
+                assert torch.equal(batch[row][real], single[0])
                 assert not batch[row][~real].any()
 
 
@@ -234,8 +239,8 @@ def test_a_recorded_pass_says_who_was_left(zoo: SimpleNamespace) -> None:
         trace = record(model, method, inputs)
         calls = trace.selections[str(method)].calls
         alive = [call.tokens_alive for call in calls]
-        for mine, theirs in zip(alive, sparse.survivors(), strict=True):
-            assert mine is None or mine[0].tolist() == theirs.tokens[0].tolist()
+        for mine, theirs in zip(alive, tokens_of(sparse), strict=True):
+            assert mine is None or mine[0].tolist() == theirs[0].tolist()
         kept = [int(pairs.sum()) for pairs in trace.kept_pairs(str(method))]
         assert kept == [row["kept_pairs"] for row in sparse.stats()]
 

@@ -174,8 +174,11 @@ def _importance(inputs: AttentionInputs, kept: Kept) -> Tensor:
     """Of all tokens of the input, from the call of a sequence that got shorter: (1, length)."""
     assert inputs.value is not None
     assert kept.heads is not None
+    query, key, value = (whole(kept, part) for part in (inputs.query, inputs.key, inputs.value))
     found = attention(
-        *(whole(kept, part) for part in (inputs.query, inputs.key, inputs.value)),
+        query,
+        key,
+        value,
         kept.mask,
         is_causal=inputs.is_causal,
         scale=inputs.scale,

@@ -277,7 +277,7 @@ def _replace_forward(module: nn.Module) -> Callable[[], None]:
 
 
 @contextmanager
-def _before_models(model: nn.Module, hook: Callable[..., None]) -> Generator[None]:
+def _before_models(model: nn.Module, hook: Callable[..., Any]) -> Generator[None]:
     """Run a hook before the forward of the model and of models inside it."""
     with ExitStack() as undo:
         for module in model.modules():
