@@ -151,9 +151,10 @@ class Sparsified:
 
         is_causal = describe(self.model).is_causal
         if not isinstance(self.method, SpAtten):
+            has = "is a decoder" if is_causal else "has none"
             raise NotImplementedError(
-                f"method: {self.method.name} cannot prune {type(self.model).__name__}, a"
-                f"{' decoder' if is_causal else 'n encoder, which has no cache'}"
+                f"method: {self.method.name} prunes {'encoders' if is_causal else 'caches'}, and "
+                f"{type(self.model).__name__} {has}"
             )
         self._refuse_nesting(modules)
         self._shortening = Shortening(self.model, modules, self._session, is_causal=is_causal)
