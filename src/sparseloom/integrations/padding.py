@@ -56,7 +56,7 @@ def mask_function(
         )
     windowed = local_size is not None and (allow_is_causal_skip or allow_is_bidirectional_skip)
     if mask_function is not None and not windowed:
-        _refuse_other_patterns(mask_function)
+        _refuse_other_patterns(mask_function, windowed=local_size is not None)
     if attention_mask is None:
         return None
     end = kv_offset + kv_length
@@ -65,15 +65,18 @@ def mask_function(
     return None if bool(keep.all()) else keep[:, None, None, :]
 
 
-def _refuse_other_patterns(function: Callable[..., Any]) -> None:
+def _refuse_other_patterns(function: Callable[..., Any], *, windowed: bool) -> None:
+    """`windowed`: the model has a window, which is known to hold all tokens."""
     from transformers.masking_utils import causal_mask_function
 
+    if windowed and function.__qualname__.startswith("sliding_window_overlay"):
+        return
     if function is causal_mask_function or function.__name__ == "bidirectional_mask_function":
         return
     held = _compat.captured(function)
     if "mask_functions" in held and function.__qualname__.startswith("and_masks"):
         for part in held["mask_functions"]:
-            _refuse_other_patterns(part)
+            _refuse_other_patterns(part, windowed=windowed)
         return
     sequence = held.get("packed_sequence_mask")
     if isinstance(sequence, Tensor):  # 4.x always adds it; with one sequence it changes nothing

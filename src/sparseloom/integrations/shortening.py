@@ -26,7 +26,8 @@ from sparseloom.integrations.kept import KeptObserver, kept_of_survivors
 from sparseloom.integrations.padding import PaddingReader
 from sparseloom.integrations.prunable import Heads, PrunableLayer, Rotary
 from sparseloom.integrations.pruned_attention import Measured, attend, attend_by_head
-from sparseloom.integrations.stats import LayerCounts, PrunedLayer
+from sparseloom.integrations.pruned_layer import PrunedLayer
+from sparseloom.integrations.stats import LayerCounts
 from sparseloom.methods.base import AttentionInputs, Survivors
 from sparseloom.methods.cascade import Cascade
 from sparseloom.methods.spatten import SpAtten
