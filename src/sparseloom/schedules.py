@@ -8,6 +8,9 @@ from math import ceil
 import numpy as np
 from jaxtyping import Float, Int64
 
+LARGEST_END = 0.95
+"""Most that the last layer may lose."""
+
 TOKEN_FRONT, HEAD_FRONT = 0.15, 0.30
 """Layers at the front that lose no tokens and no heads (SpAtten, HPCA 2021, §V-A)."""
 
@@ -18,7 +21,7 @@ def ratio_schedule(
     front: float = TOKEN_FRONT,
     *,
     start_ratio: float | None = None,
-    largest_ratio: float = 0.95,
+    largest_ratio: float = LARGEST_END,
 ) -> Float[np.ndarray, "layers"]:
     """Kept fraction of the original length in each layer, by SpAtten's rule (§V-A).
 
@@ -58,7 +61,7 @@ def ratio_schedule(
     last = 2 * mean - first
     if pruned == 1:
         first = last = mean
-    if not 0 <= first <= last <= largest_ratio + 1e-9:
+    if not 0 <= first <= last + 1e-9 <= largest_ratio + 2e-9:  # as closely as sums are exact
         raise ValueError(
             f"start_ratio must be in [{max(0.0, 2 * mean - largest_ratio):.3g}, {mean:.3g}], "
             f"got {start_ratio}"

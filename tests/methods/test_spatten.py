@@ -72,6 +72,11 @@ def test_longer_inputs_lose_more() -> None:
     shares = [sum(method.kept_tokens(10, length)) / length / 10 for length in (50, 100, 200, 9000)]
     assert shares[:3] == pytest.approx([0.9, 0.8, 0.6], abs=0.01)
     assert shares[3] == pytest.approx(1 - 0.9 * 0.8, abs=0.01)  # two of ten layers are left alone
+    flat = SpAtten(token_keep=0.8, start_ratio=0.25, reference_length=100)  # of eight layers of ten
+    assert flat.kept_tokens(10, 200) == [200] * 2 + [100] * 8
+    rising = SpAtten(token_keep=0.8, start_ratio=0.0, reference_length=100)
+    assert rising.kept_tokens(10, 9000)[2] == 1350  # 0.85, for the last to lose 0.95
+    assert rising.kept_tokens(10, 9000)[-1] == 450
     listed = SpAtten(token_keep=(1.0, 0.8), reference_length=10)
     assert listed.kept_tokens(2, 5) == [5, 4]
     assert listed.kept_tokens(2, 20) == [20, 12]

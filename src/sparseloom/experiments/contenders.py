@@ -22,7 +22,6 @@ from sparseloom.experiments.bootstrap import (
 )
 from sparseloom.experiments.compare import settings_of
 from sparseloom.integrations import sparsify
-from sparseloom.integrations.describe import attention_modules
 from sparseloom.integrations.stats import left_of
 from sparseloom.methods import Dense, Method
 from sparseloom.models import LoadedModel
@@ -54,16 +53,6 @@ def tuned(
         fresh.tokenizer.save_pretrained(folder)
     fresh.model.eval()
     return fresh, method
-
-
-def without_probability_dropout(loaded: LoadedModel) -> LoadedModel:
-    """The model, its attention probabilities no longer dropped out: PyTorch has no fast CPU
-    attention with that."""
-    for module in attention_modules(loaded.model):
-        dropout = getattr(module, "dropout", None)
-        if isinstance(dropout, torch.nn.Dropout):
-            dropout.p = 0.0
-    return loaded
 
 
 def scored(

@@ -27,16 +27,12 @@ from sparseloom.methods import Method, SpAtten
 from sparseloom.models import LoadedModel, load_model
 from sparseloom.results import ResultsFile, write_results
 from sparseloom.results import results as as_results
-from sparseloom.schedules import HEAD_FRONT, front_layers
+from sparseloom.schedules import HEAD_FRONT, LARGEST_END, front_layers
 from sparseloom.tasks import get_task
 from sparseloom.tasks.base import Score, Task
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-LARGEST_RATIO = 0.95
-"""Largest share of the tokens or heads that a layer may lose; `ratio_schedule` has the same."""
 
 
 def spatten(layers: int, draw: Callable[[str, float, float], float]) -> SpAtten:
@@ -67,13 +63,13 @@ def _rule(
 ) -> tuple[float, float | None]:
     """Mean kept share over all layers, and the share that the first pruning layer loses."""
     pruned = layers - whole
-    drawn = draw(f"{of}_pruned", 0.0, LARGEST_RATIO)
+    drawn = draw(f"{of}_pruned", 0.0, LARGEST_END)
     begin = draw(f"{of}_start", 0.0, 1.0)
     keep = round(1 - drawn * pruned / layers, 4)
     mean = (1 - keep) * layers / pruned
-    if keep == 1 or mean > LARGEST_RATIO:
+    if keep == 1 or mean > LARGEST_END:
         return 1.0 if keep == 1 else keep + 1e-4, None
-    least = max(0.0, 2 * mean - LARGEST_RATIO)
+    least = max(0.0, 2 * mean - LARGEST_END)
     first = round(least + begin * (mean - least), 4)
     return keep, min(max(first, least), mean)
 
@@ -83,10 +79,12 @@ SPACES: Mapping[str, Callable[..., Method]] = {"spatten": spatten}
 
 FIRST: Mapping[str, Sequence[Mapping[str, float]]] = {
     "spatten": (
-        # The paper's average (§V-A), and half of it.
+        # The paper's average (§V-A), half of it, and a little of it.
         {"front": 1, "token_pruned": 0.42, "token_start": 0.5, "head_pruned": 0.15,
          "head_start": 0.5},
         {"front": 1, "token_pruned": 0.21, "token_start": 0.5, "head_pruned": 0.0,
+         "head_start": 0.5},
+        {"front": 1, "token_pruned": 0.1, "token_start": 1.0, "head_pruned": 0.0,
          "head_start": 0.5},
     )
 }  # fmt: skip

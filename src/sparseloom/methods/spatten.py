@@ -21,6 +21,7 @@ from sparseloom.methods.generation import Generating
 from sparseloom.methods.settings import check_at_least, check_choice
 from sparseloom.schedules import (
     HEAD_FRONT,
+    LARGEST_END,
     TOKEN_FRONT,
     check_fractions,
     front_layers,
@@ -63,7 +64,8 @@ class SpAtten(Pruner, Generating):
             or more where the last ratio would pass 0.95.
         head_start_ratio: the same for heads.
         reference_length: length of a typical input, to which `token_keep` applies; longer
-            inputs lose more, in proportion, up to 0.9 on average.  None: all lose the same share.
+            inputs lose more, in proportion, up to 0.9 on average, `start_ratio` likewise.
+            None: all lose the same share.
         keep_first: never prune the first token ([CLS]); None: in encoders.
         keep_last: never prune the newest token; None: in decoders.
         recent: tokens that `keep_last` means.  The paper names one at most; language models need
@@ -200,15 +202,18 @@ class SpAtten(Pruner, Generating):
 
     def _token_shares(self, layers: int, length: int) -> Float64[np.ndarray, "layers"]:
         """Share of the tokens that each layer sees, for one length."""
-        keep = self.token_keep
+        keep, start = self.token_keep, self.start_ratio
         if keep is not None and self.reference_length is not None:
             grown = length / self.reference_length
             if isinstance(keep, tuple):
                 keep = tuple(1 - min((1 - share) * grown, LARGEST_RATIO) for share in keep)
             else:
                 pruned = 1 - front_layers(layers, self.front) / layers
-                keep = 1 - min((1 - keep) * grown, LARGEST_RATIO * pruned)
-        return kept_fractions("token_keep", keep, layers, self.front, start_ratio=self.start_ratio)
+                grown = min(grown, LARGEST_RATIO * pruned / (1 - keep)) if keep < 1 else 1.0
+                keep = 1 - (1 - keep) * grown
+                if start is not None:
+                    start = max(start * grown, 2 * (1 - keep) / pruned - LARGEST_END)
+        return kept_fractions("token_keep", keep, layers, self.front, start_ratio=start)
 
 
 def _counts(shares: Float64[np.ndarray, "layers"], total: int) -> list[int]:

@@ -174,7 +174,7 @@ class SemanticSimilarity(Task):
         pairs = self.pairs("train")
         left_out = set(_held_out(len(pairs)))
         pairs = [pair for i, pair in enumerate(pairs) if i not in left_out]
-        texts = [f"{pair.first} {pair.second}" for pair in pairs]
+        texts = [max(pair.first, pair.second, key=len) for pair in pairs]
         for chosen in shuffled_batches(texts, steps=steps, batch_size=batch_size, seed=seed):
             some = [pairs[i] for i in chosen]
             batch = tokenized(loaded, [pair.first for pair in some] + [p.second for p in some])
