@@ -16,6 +16,7 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -195,6 +196,10 @@ def test_what_cannot_be_explained_is_said() -> None:
     with pytest.raises(ValueError, match=r"text has 64 tokens, .* at most 63 before the one"):
         explain(decoder(), "x" * 64, METHOD)
     assert len(explain(decoder(), "x" * 63, METHOD).pieces) == 64
+    config = decoder().model.config
+    other = LoadedModel("c", LlamaForSequenceClassification(config).eval(), None)
+    with pytest.raises(NotImplementedError, match="without a language-model head"):
+        explain(other, "import", METHOD)
 
 
 def test_examples_suit_the_model() -> None:
@@ -221,6 +226,7 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "http" not in page.replace("http-equiv", "")
     assert 'role="img" aria-label="Of 9 tokens the layers read 9, 5, 5;' in page
     assert page.count('class="gone"') == 8
+    assert "Method: spatten:token_keep=1.0x0.6x0.6,head_keep=none<" in page
     assert boundary.run([*words, "--json"]) == 0
     row = json.loads(capfd.readouterr().out)["rows"][0]
     assert row["settings"]["token_keep"] == [1.0, 0.6, 0.6]

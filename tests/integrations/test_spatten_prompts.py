@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparseloom.integrations import Sparsified, record, sparsify
 from sparseloom.methods import SpAtten, parse_method
+from sparseloom.training import finetune
 
 FAMILIES = ["gpt2", "llama", "mistral", "qwen3"]
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -228,6 +229,17 @@ def test_training_reaches_what_stays(zoo: SimpleNamespace, decoder: str) -> None
                 weight.sub_(sign * step * direction)
     slope = (values[0] - values[1]) / (2 * step)
     assert slope == pytest.approx(float(weight.grad.norm()), rel=1e-3)  # norms run in fp32
+
+
+def test_finetune_runs_the_shorter_prompt(zoo: SimpleNamespace) -> None:
+    model = build(zoo, "llama")
+    before = model.model.layers[3].mlp.up_proj.weight.detach().clone()
+    batches = [
+        {**zoo.inputs("right", length=16), "labels": zoo.inputs("right", length=16)["input_ids"]}
+    ]
+    log = finetune(model, METHOD, batches * 2, steps=2, progress=False)
+    assert len(log) >= 1
+    assert not torch.equal(model.model.layers[3].mlp.up_proj.weight, before)
 
 
 def test_a_recorded_pass_says_who_was_left(zoo: SimpleNamespace) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparseloom.methods import Method
 from sparseloom.report.html import Section, write_report
 from sparseloom.results import ResultsFile
 
@@ -114,7 +115,7 @@ def write_words_page(path: Path, results: ResultsFile) -> None:
             for number, row in enumerate(rows, 1)
         ],
         notes=[
-            "Method: " + str(rows[0]["settings"]),
+            f"Method: {Method.from_dict({'method': rows[0]['method'], **rows[0]['settings']})}",
             "Importance: attention probability received so far, summed over queries, heads and "
             "layers (Wang, Zhang, Han: SpAtten, HPCA 2021). It is what the next layer ranks by; "
             "the shade is the square root of its share of the largest.",
@@ -147,7 +148,7 @@ def _summary(rows: Sequence[Row]) -> list[str]:
     kept = [line.tokens_alive / len(line.words) for row in rows for line in lines(row)]
     found.append(f"Over all layers {sum(kept) / len(kept):.0%} of the tokens are read.")
     judged = [row for row in rows if row["answer"] in ("class", "next token")]
-    if judged:
+    if len(judged) > 1:
         same = sum(row["dense"][0][0] == row["sparse"][0][0] for row in judged)
         found.append(f"The pruned model answers as the whole one in {same} of {len(judged)} texts.")
     return found
