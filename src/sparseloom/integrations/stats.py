@@ -372,19 +372,29 @@ def kept_pairs(
 ) -> Int64[Tensor, "batch heads"]:
     """`mask.kept_pairs`, from the row ends alone where no kept pair is forbidden.
 
-    A fine-grained mask of a causal method keeps allowed pairs only, and the last index of each
-    row proves it: counting then costs as much as there are rows, not pairs.
+    Methods choose allowed keys only, and where keys are forbidden from some place on (under
+    causality, by padding on the right) the last index of each row of a fine-grained mask proves
+    it: counting then costs as much as there are rows, not pairs.
     """
-    if mask.block_size == (1, 1) and key_padding is None:
-        starts, ends = mask.offsets[..., :-1], mask.offsets[..., 1:]
-        if not is_causal or _ends_are_visible(mask, starts, ends):
-            return mask.offsets[..., -1] - mask.offsets[..., 0]
+    if mask.block_size == (1, 1) and _ends_are_visible(mask, is_causal, key_padding):
+        return mask.offsets[..., -1] - mask.offsets[..., 0]
     return mask.kept_pairs(is_causal=is_causal, key_padding=key_padding)
 
 
-def _ends_are_visible(mask: SparseMask, starts: Tensor, ends: Tensor) -> bool:
+def _ends_are_visible(mask: SparseMask, is_causal: bool, key_padding: Tensor | None) -> bool:
+    limit = torch.full((mask.q_len,), mask.kv_len, device=mask.device)  # last index: below it
+    if is_causal:
+        limit = torch.arange(mask.kv_len - mask.q_len, mask.kv_len, device=mask.device) + 1
+    if key_padding is not None:
+        if key_padding.shape[0] not in (1, mask.batch):
+            return False
+        if bool((key_padding[:, 1:] > key_padding[:, :-1]).any()):  # not on the right
+            return False
+        limit = limit.minimum(key_padding.sum(1)[:, None, None])
+    elif not is_causal:
+        return True
     if mask.nnz == 0:
         return True
+    starts, ends = mask.offsets[..., :-1], mask.offsets[..., 1:]
     last = mask.indices[(ends - 1).clamp(min=0)]  # (B, H, L); of an empty row: any
-    limit = torch.arange(mask.kv_len - mask.q_len, mask.kv_len, device=mask.device)
-    return bool(((last <= limit) | (starts == ends)).all())
+    return bool(((last < limit) | (starts == ends)).all())
