@@ -1,4 +1,4 @@
-"""The table of the README says what `results/adaptation.json` says."""
+"""The tables of the README say what the files in `results/` say."""
 
 from __future__ import annotations
 
@@ -62,6 +62,40 @@ def test_what_the_study_was_made_for_holds() -> None:
     assert dynamic["value"] <= best - 0.05
     shares = zip(dynamic["retained_mass"], dynamic["oracle_mass"], strict=True)
     assert all(ours >= 0.9 * oracle for ours, oracle in shares)
+
+
+def sentiment() -> list[dict[str, Any]]:
+    rows = [row.model_dump() for row in read_results(ROOT / "results/sentiment.json").rows]
+    return [row for row in rows if not row["contender"].startswith("dense, ")]  # a control
+
+
+def line_of_sentiment(row: dict[str, Any]) -> str:
+    retained, oracle = row.get("retained_mass") or [], row.get("oracle_mass") or []
+    worst = min((ours / best for ours, best in zip(retained, oracle, strict=True)), default=None)
+    loss, upper = 100 * row["loss"], 100 * row["loss_upper95"]
+    cells = [
+        row["contender"],
+        f"{row['density']:.1%}",
+        f"{row['items']:,}",
+        f"{row['value']:.2%}",
+        "–" if row["contender"] == "dense" else f"{loss:+.2f} (≤ {upper:+.2f})",
+        "–" if worst is None else f"{worst:.1%}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def test_every_line_of_the_sentiment_table_is_in_the_results() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert [row for row in sentiment() if line_of_sentiment(row) not in text] == []
+
+
+def test_what_the_sentiment_study_was_made_for_holds() -> None:
+    rows = {row["contender"]: row for row in sentiment()}
+    main = [rows[f"dynamic {name}"] for name in ("90 %", "95 %", "90 %, (8,1)")]
+    assert all(row["items"] >= 10_000 for row in main)
+    assert main[0]["loss_upper95"] <= 0.005
+    assert main[1]["loss_upper95"] <= 0.01
+    assert main[2]["loss"] - main[0]["loss"] <= 0.003
 
 
 def test_the_paragraph_below_the_table_is_in_the_results() -> None:

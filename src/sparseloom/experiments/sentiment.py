@@ -30,7 +30,10 @@ from sparseloom.training import adapt, finetune
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Study:
-    """What the study holds equal.  Documents seen are steps × `batch`."""
+    """What the study holds equal.  Documents seen are steps × `batch`.
+
+    `first` says how many of the contenders run, in their order; 0 for all.
+    """
 
     length: int = 512
     batch: int = 16
@@ -46,6 +49,7 @@ class Study:
     fewer_items: int = 2_000
     probe: int = 32
     seed: int = 11
+    first: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[st
     base = _base(study, task, out)
     scores: dict[str, dict[str, Any]] = {}
     wanted = contenders(study)
-    for label, contender in wanted.items():
+    for label, contender in list(wanted.items())[: study.first or None]:
         source = wanted[contender.tuned_as or label].method
         loaded, method = _tune(study, task, contender.tuned_as or label, source, base, out)
         if contender.tuned_as is not None:
