@@ -2,11 +2,16 @@
 
 Random keys and scores of GPT-2 small's shape: such probabilities are flat, so whether rows fetch
 the low bits is not left to them. In one contender no row does, in the other all do.
+
+    python -m sparseloom.experiments.generation_time
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +25,7 @@ from sparseloom.integrations.generation import GenerationLayer, generation_layer
 from sparseloom.integrations.stats import LayerCounts
 from sparseloom.methods import SpAtten
 from sparseloom.methods.base import AttentionInputs
+from sparseloom.results import write_results
 
 SMALL_TRACE = (0.9, 0.7, *(0.2,) * 4, *(0.1,) * 6)
 """Tokens per layer of GPT-2 small in the published trace (keep 921, 716, 204, 102 of 1024)."""
@@ -85,6 +91,7 @@ def time_rows(
             "spread": time.spread,
             "best_ms": time.best_ms,
             "speedup": baseline.ms / time.ms,
+            "threads": torch.get_num_threads(),
         }
         for name, time in times.items()
     ]
@@ -120,3 +127,21 @@ def _inputs(layer: int, query: Tensor, key: Tensor, value: Tensor) -> AttentionI
     return AttentionInputs(
         query=query, key=key, value=value, layer=layer, is_causal=True, scale=query.shape[3] ** -0.5
     )
+
+
+def main() -> None:
+    """Command line of the measurement."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path("results/spatten_generation_time.json"))
+    parser.add_argument("--kv-len", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=9)
+    arguments = parser.parse_args()
+    rows = time_rows(kv_len=arguments.kv_len, repeats=arguments.repeats)
+    for row in rows:
+        sys.stdout.write(f"{row['contender']}: {row['ms']:.1f} ms ({row['speedup']:.2f}x)\n")
+    command = " ".join(["python -m sparseloom.experiments.generation_time", *sys.argv[1:]])
+    write_results(arguments.out, rows, command=command)
+
+
+if __name__ == "__main__":
+    main()
