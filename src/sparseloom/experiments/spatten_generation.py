@@ -241,18 +241,27 @@ def _stored(
     file = work / f"{name}.json"
     asked = {
         "metric": f"bits per {text.unit}",
-        "settings": json.loads(json.dumps(contender.method.to_dict())),
         "windows": len(text.ids),
         "prompt": text.prompt,
         "steps": text.ids.shape[1] - text.prompt - 1,
     }
     held = [*known, *([json.loads(file.read_text("utf-8"))] if file.exists() else [])]
     for row in held:
-        if all(row.get(key) == value for key, value in asked.items()):
-            return {"index_share": 0.0, **row, "contender": contender.name}
+        same = all(row.get(key) == value for key, value in asked.items())
+        if same and _is_of(row, contender.method):
+            now = {"contender": contender.name, "settings": contender.method.to_dict()}
+            return {"index_share": 0.0, **row, **now}
     row = json.loads(json.dumps(score(text, contender)))
     file.write_text(json.dumps(row), "utf-8")
     return row
+
+
+def _is_of(row: Mapping[str, Any], method: Method) -> bool:
+    """Whether a row is the method's; settings that are newer than the row have their defaults."""
+    try:
+        return Method.from_dict(row["settings"]) == method
+    except ValueError:  # a setting that is no more
+        return False
 
 
 def table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
