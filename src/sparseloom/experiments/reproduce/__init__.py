@@ -1,6 +1,6 @@
 """Published tables beside ours: one module per paper, one function per table or figure.
 
-A paper's module has `TABLES`, functions by table.  A table that rests on long runs is listed in
+A paper's modules have `TABLES`, functions by table.  A table that rests on long runs is listed in
 `STUDIES`, too, with the stored runs that it reads; its function takes their rows.  One that can be
 drawn is listed in `PICTURES`.
 """
@@ -21,15 +21,25 @@ if TYPE_CHECKING:
 
 __all__ = ["PAPERS", "Request", "Study", "Table", "find_tables", "reproduce"]
 
-PAPERS = {"dsa_tc_2022": "dynamic", "dota_asplos_2022": "dota", "spatten_hpca_2021": "spatten_hw"}
-"""Paper → its module here."""
+PAPERS = {
+    "dsa_tc_2022": ("dynamic",),
+    "dota_asplos_2022": ("dota",),
+    "spatten_hpca_2021": ("spatten_algorithm", "spatten_hw"),
+}
+"""Paper → its modules here."""
 
 ALIASES = {
     "dynamic": "dsa_tc_2022",
     "liu_2022": "dsa_tc_2022",
-    "spatten-hw": "spatten_hpca_2021",
+    "spatten": "spatten_hpca_2021",
 }
 """Other name → paper."""
+
+PARTS = {
+    "spatten-algorithm": ("spatten_hpca_2021", "spatten_algorithm"),
+    "spatten-hw": ("spatten_hpca_2021", "spatten_hw"),
+}
+"""Name of a part of a paper → the paper, and the module of that part."""
 
 Row = dict[str, Any]
 Size = Literal["small", "paper"]
@@ -88,17 +98,21 @@ class Table:
 
 
 def find_tables(paper: str | None = None, name: str | None = None) -> list[Table]:
-    """The tables of a paper, or one of them, or all.
+    """The tables of a paper or of a part of it, or one of them, or all.
 
     Raises ValueError naming what there is.
     """
-    if paper is not None:
+    wanted = [(one, part) for one, parts in PAPERS.items() for part in parts]
+    if paper in PARTS:
+        wanted = [PARTS[paper]]
+    elif paper is not None:
         paper = ALIASES.get(paper, paper)
-    if paper is not None and paper not in PAPERS:
-        raise unknown_name("paper", paper, PAPERS)
+        if paper not in PAPERS:
+            raise unknown_name("paper", paper, PAPERS)
+        wanted = [(paper, part) for part in PAPERS[paper]]
     found: list[Table] = []
-    for one in PAPERS if paper is None else (paper,):
-        module = import_module(f"{__name__}.{PAPERS[one]}")
+    for one, part in wanted:
+        module = import_module(f"{__name__}.{part}")
         studies: dict[str, tuple[Study, ...]] = getattr(module, "STUDIES", {})
         pictures: dict[str, Any] = getattr(module, "PICTURES", {})
         tables: dict[str, Callable[..., list[Row]]] = module.TABLES

@@ -15,7 +15,7 @@ def row(
     table: str,
     quantity: str,
     published: float | str,
-    ours: float,
+    ours: float | str,
     *,
     basis: Basis,
     tolerance: float | None = None,
@@ -27,7 +27,7 @@ def row(
     Args:
         paper, table, quantity: what is compared.
         published: a number, or words where the paper gives no number.
-        ours: what we get.
+        ours: what we get; words where there is nothing yet.
         basis: "identity" (the same arithmetic), "calibrated" (fitted to this number),
             "predicted" (neither), "scenario" (needs an unpublished assumption, named here).
         tolerance: the largest |difference| that counts as agreement; None = only reported.
@@ -36,7 +36,7 @@ def row(
     `difference` is (ours − published) / published, where there is a number.
     """
     difference = None
-    if not isinstance(published, str):
+    if not isinstance(published, str) and not isinstance(ours, str):
         difference = ours / published - 1 if published else float(ours != published)
     within = None if tolerance is None or difference is None else abs(difference) <= tolerance
     return {

@@ -1,0 +1,134 @@
+"""SpAtten's algorithm beside the paper: rows that are arithmetic, and what the others rest on."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparseloom.experiments.reproduce import find_tables, stored_rows
+from sparseloom.experiments.reproduce import spatten_reductions as reductions
+from sparseloom.experiments.reproduce.spatten_curves import HEADS, QUALITY, TOKENS, fig21
+from sparseloom.experiments.reproduce.spatten_files import SMALL, SMALL_DENSE, published, statistics
+from sparseloom.experiments.reproduce.spatten_probabilities import EDGES, WIDTHS, fig7, measured
+from sparseloom.results import read_results, results
+from sparseloom.trace.spatten_benchmarks import benchmark
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results"
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    (table,) = find_tables("spatten-algorithm", name)
+    return table.function(stored_rows(table, RESULTS))
+
+
+def test_errors_fall_where_one_probability_dominates() -> None:
+    """Figure 7: on short rows 4-bit keys move flat rows by per cents, dominated ones hardly."""
+    for rows in measured().values():
+        for width in WIDTHS:
+            flat, peaked = (rows.mean_error(width, rows.within(i)) for i in (0, len(EDGES) - 2))
+            assert 0 < peaked < flat / 3
+        wide = [float(rows.error[f"high plane of {bits}+4"].mean()) for bits in (4, 6, 8)]
+        assert wide[0] > 3 * wide[1] > 9 * wide[2]
+    short = measured()["rows of 8–16 keys"]
+    assert 0.01 < short.mean_error("keys and queries of 4 bits", short.within(0)) < 0.08
+    made = fig7()
+    assert all(0 <= row["ours"] <= 100 for row in made)
+    assert len({row["quantity"] for row in made}) == len(made)
+
+
+@pytest.mark.parametrize(("file", "selection"), [(SMALL, "spatten"), (SMALL_DENSE, "dense")])
+def test_the_published_traces_are_replayed_exactly(file: str, selection: str) -> None:
+    theirs = published(file)
+    if theirs is None:
+        pytest.skip("SPARSELOOM_DATA has no spatten_traces: they are not part of the project")
+    trace = benchmark("gpt2-small-wikitext2").trace()
+    ours = statistics(trace.workload, trace.selection(selection))
+    for name in ("keys", "values", "low", "rows", "low_rows", "length", "present", "operations"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    if selection == "spatten":
+        assert theirs.moved == ours.moved
+        assert (theirs.rows, theirs.low_rows) == (4608, 323)
+        identities = [row for row in rows_of("reductions") if row["basis"] == "identity"]
+        assert len(identities) == 10
+        assert all(row["within"] for row in identities)
+
+
+def test_statistics_name_their_denominators() -> None:
+    """All heads and low bits: 28.87 and 8.96; heads that are alive: 8.3; without low bits: 32.2."""
+    small, medium = (benchmark(f"gpt2-{size}-ptb").trace() for size in ("small", "medium"))
+    one = statistics(small.workload, small.selection("spatten"))
+    two = statistics(medium.workload, medium.selection("spatten-static"))
+    assert one.dram() == pytest.approx(28.87, abs=0.005)
+    assert one.dram(low=False) == pytest.approx(32.22, abs=0.005)
+    assert one.dram(present=True) == one.dram()
+    assert one.average_key_bits == pytest.approx(6.84, abs=0.005)
+    assert one.average_bits == pytest.approx(6.70, abs=0.005)
+    assert one.computation == pytest.approx(1.190 / 0.197, rel=2e-3)
+    assert two.dram() == pytest.approx(8.96, abs=0.005)
+    assert two.dram(present=True) == pytest.approx(8.3, abs=0.05)
+    assert (two.average_key_bits, two.low_rows) == (12, 0)
+    prompted = benchmark("gpt2-small-ptb").trace(prompt=True)
+    assert statistics(prompted.workload, prompted.selection("spatten")) == one
+
+
+def test_a_run_of_the_built_in_model_is_counted() -> None:
+    found = reductions._recorded()
+    assert found.rows % found.low_bits == 0
+    assert (found.key_bits, found.low_bits, found.value_bits) == (6, 4, 6)
+    # 8 % of the keys were asked for at the end, and a fifth of the values of those.
+    assert found.values <= found.keys / 5
+    assert found.dram() > 20
+
+
+def test_each_benchmark_with_data_has_its_rows() -> None:
+    made = rows_of("by-benchmark")
+    names = {row["quantity"].split(":")[0] for row in made}
+    assert len(names) == 2 * 10 + 2 * 2
+    assert not {name for name in names if name.endswith(("qqp", "wikitext103", "1bw"))}
+    assert len(made) == 3 * len(names)
+    assert all(row["ours"] > 2 for row in made)
+
+
+def quality(contender: str, kind: str, loss: float, **more: Any) -> dict[str, Any]:
+    return {
+        "model": "minilm", "task": "sts-b", "contender": contender, "kind": kind, "loss": loss,
+        "loss_interval95": [loss - 0.01, loss + 0.02], "items": 10, "fine_tuned": True, **more,
+    }  # fmt: skip
+
+
+def test_pruned_encoders_stand_beside_the_figure() -> None:
+    made = fig21([
+        quality("tokens 25%", "tokens", 0.03, tokens_alive=0.25, heads_alive=1.0),
+        quality("heads 50%", "heads", 0.1, tokens_alive=1.0, heads_alive=0.4),
+        quality("dense", "control", 0.0),
+    ])  # fmt: skip
+    assert [row["ours"] for row in made] == [-3.0, -10.0]
+    assert made[0]["published"] == f"about {TOKENS[4.0]:+.1f} % of accuracy at 4.0× " + (
+        "(GPT-2-Small on PTB)"
+    )
+    assert made[1]["published"] == f"beyond the figure at {1 / 0.4:.1f}×"
+    assert max(HEADS) < 2.5
+    assert "95 % interval -5.00 to -2.00" in made[0]["note"]
+
+
+def test_a_study_that_is_missing_is_named() -> None:
+    made = fig21([])
+    assert [row["ours"] for row in made] == ["not run here yet"]
+    assert QUALITY.command in made[0]["note"]
+    assert results(made, command="test").rows
+    generated = [row for row in rows_of("fig21") if "perplexity" in row["quantity"]]
+    assert len(generated) == 20
+    assert all(row["ours"] > 0 for row in generated)
+
+
+def test_pictures() -> None:
+    pytest.importorskip("plotly")
+    for table in find_tables("spatten-algorithm"):
+        if table.pictures is not None:
+            sections = table.pictures(stored_rows(table, RESULTS) if table.studies else [])
+            assert sections
+            assert all(len(figure.data) > 1 for section in sections for figure in section.figures)
