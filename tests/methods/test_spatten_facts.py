@@ -47,7 +47,7 @@ def test_a_score_error_moves_probabilities_by_half_of_it_at_most(
 
 
 def test_a_full_key_is_its_planes_side_by_side() -> None:
-    """mit-han-lab/spatten, MatrixFetcher: key = msb << 4 | lsb; alone the high plane is msb << 4."""
+    """mit-han-lab/spatten, MatrixFetcher: key = msb << 4 | lsb; its high plane alone: msb << 4."""
     key = torch.randn(2, 3, 9, 8, generator=torch.Generator().manual_seed(0))
     for msb_bits in (4, 6, 8, 10, 12):  # the five widths of §III-D
         planes = PlaneCache.from_tensors(key, key, msb_bits=msb_bits, lsb_bits=4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,86 @@ from sparseloom.experiments.reproduce import spatten_reductions as reductions
 from sparseloom.experiments.reproduce.spatten_curves import HEADS, QUALITY, TOKENS, fig21
 from sparseloom.experiments.reproduce.spatten_files import SMALL, SMALL_DENSE, published, statistics
 from sparseloom.experiments.reproduce.spatten_probabilities import EDGES, WIDTHS, fig7, measured
+from sparseloom.models import load_model
 from sparseloom.results import read_results, results
 from sparseloom.trace.spatten_benchmarks import benchmark
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
+
+
+# Rows that docs/reproducing_spatten.md quotes.
+QUOTED: dict[str, tuple[str, ...]] = {
+    "fig7": (
+        "rows of 8–16 keys, keys and queries of 4 bits, largest probability 0–0.2: "
+        "mean error per key, %",
+        "rows of 8–16 keys, keys and queries of 4 bits, largest probability 0.8–1: "
+        "mean error per key, %",
+        "rows of 256–512 keys, keys and queries of 4 bits, largest probability 0–0.2: "
+        "mean error per key, %",
+        "rows of 256–512 keys, keys and queries of 4 bits, largest probability 0.8–1: "
+        "mean error per key, %",
+        "rows of 256–512 keys, high plane of 8+4: rows that fetch low bits, %",
+        "rows of 256–512 keys, high plane of 8+4: their share of the summed error, %",
+    ),
+    "bits": (
+        "trace of GPT-2 small: rows that fetch low bits, %",
+        "trace of GPT-2 small: average width, bits",
+        "stdlib, keys 6+4: rows that fetch low bits, %",
+        "stdlib, keys 6+4: average width of keys, bits",
+        "stories260K, keys 8+4: rows that fetch low bits, %",
+        "stories260K, keys 8+4: average width of keys, bits",
+    ),
+    "reductions": (
+        f"{SMALL}: keys read",
+        f"{SMALL}: rows that fetch low bits",
+        f"{SMALL}: DRAM access, all heads",
+        f"{SMALL}: DRAM access without low bits",
+        f"{SMALL}: computation",
+        "trace of GPT-2 small: DRAM access, all heads",
+        "trace of GPT-2 small: computation",
+        "profile of the medium trace: DRAM access, all heads",
+        "profile of the medium trace: DRAM access, heads alive",
+        "built-in model, recorded: DRAM access, all heads",
+        "built-in model, recorded: computation",
+        "stdlib, together, as the trace, newest 32: DRAM access",
+        "stories260K, together, tokens 65 %, newest 32: DRAM access",
+        "minilm, 65% of the tokens and 100.0% of the heads: computation, whole model",
+    ),
+    "by-benchmark": (
+        "bert-base-cola: DRAM access, fetched bytes",
+        "bert-base-cola: computation",
+        "bert-base-squad1: DRAM access, fetched bytes",
+        "bert-base-squad1: computation",
+        "gpt2-small-ptb: DRAM access, fetched bytes",
+        "gpt2-small-ptb: computation",
+        "gpt2-medium-ptb: DRAM access, fetched bytes",
+        "gpt2-medium-ptb: computation",
+    ),
+    "fig21": (
+        "stdlib, tokens 80%, newest 32: perplexity, change in %",
+        "stdlib, tokens 50%, newest 32: perplexity, change in %",
+        "stories260K, tokens 80%, newest 32: perplexity, change in %",
+        "stories260K, tokens 50%, newest 32: perplexity, change in %",
+        "stories260K, tokens as in the trace, newest 32: perplexity, change in %",
+        "stories260K, heads 90 %: perplexity, change in %",
+    ),
+}
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as the page prints it."""
+    numbers = [row["published"], row["ours"]]
+    shown = [x if isinstance(x, str) else f"{x:,.0f}" if x >= 1000 else f"{x:.3g}" for x in numbers]
+    difference = "–" if row["difference"] is None else f"{row['difference']:+.0%}"
+    return (
+        "| " + " | ".join([row["table"], row["quantity"], *shown, difference, row["basis"]]) + " |"
+    )
+
+
+def stored() -> dict[tuple[str, str], dict[str, Any]]:
+    rows = read_results(RESULTS / "spatten_algorithm.json").rows
+    return {(row["table"], row["quantity"]): row for row in (one.model_dump() for one in rows)}
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
@@ -52,7 +126,8 @@ def test_the_published_traces_are_replayed_exactly(file: str, selection: str) ->
     if selection == "spatten":
         assert theirs.moved == ours.moved
         assert (theirs.rows, theirs.low_rows) == (4608, 323)
-        identities = [row for row in rows_of("reductions") if row["basis"] == "identity"]
+        identities = reductions._replayed()
+        assert {row["basis"] for row in identities} == {"identity"}
         assert len(identities) == 10
         assert all(row["within"] for row in identities)
 
@@ -77,7 +152,8 @@ def test_statistics_name_their_denominators() -> None:
 
 def test_a_run_of_the_built_in_model_is_counted() -> None:
     found = reductions._recorded()
-    assert found.rows % found.low_bits == 0
+    config = load_model("stdlib").model.config
+    assert found.rows == 16 * config.num_hidden_layers * config.num_attention_heads
     assert (found.key_bits, found.low_bits, found.value_bits) == (6, 4, 6)
     # 8 % of the keys were asked for at the end, and a fifth of the values of those.
     assert found.values <= found.keys / 5
@@ -123,6 +199,26 @@ def test_a_study_that_is_missing_is_named() -> None:
     generated = [row for row in rows_of("fig21") if "perplexity" in row["quantity"]]
     assert len(generated) == 20
     assert all(row["ours"] > 0 for row in generated)
+
+
+def test_the_page_says_what_is_stored() -> None:
+    found = stored()
+    page = (ROOT / "docs/reproducing_spatten.md").read_text("utf-8")
+    text = page.split("\n## The algorithm\n")[1]
+    for table, quantities in QUOTED.items():
+        for quantity in quantities:
+            assert line(found[table, quantity]) in text
+    assert text.count("\n| ") == 1 + sum(map(len, QUOTED.values()))
+
+
+def test_stored_rows_are_those_of_today() -> None:
+    found = stored()
+    assert {table for table, _ in found} == {one.name for one in find_tables("spatten-algorithm")}
+    for row in found.values():
+        assert row["assumptions"] or row["basis"] == "identity" or "not run" in str(row["ours"])
+        assert row["within"] or row["basis"] != "identity"
+    for row in [*rows_of("bits"), *rows_of("by-benchmark")]:
+        assert row["ours"] == pytest.approx(found[row["table"], row["quantity"]]["ours"], rel=1e-6)
 
 
 def test_pictures() -> None:

@@ -116,7 +116,7 @@ def fig7() -> list[Row]:
                 rows.append(
                     _add(
                         f"{kind}, {width}, largest probability {low:g}–{high:g}: "
-                        "mean |error| per key, %",
+                        "mean error per key, %",
                         _PUBLISHED.get(i, "falls in between")
                         if kept.bits == 4
                         else "not published",
@@ -146,7 +146,7 @@ def fig7_picture(study: list[Row]) -> list[Section]:
                     error = 100 * found.mean_error(width, chosen)
                     curves.setdefault(width, []).append(((low + high) / 2, error))
         figure = lines(
-            curves, x_title="largest probability of the row", y_title="mean |error| per key, %"
+            curves, x_title="largest probability of the row", y_title="mean error per key, %"
         )
         text = (
             f"Keys of the built-in byte model, quantised, {kind}: where one key dominates, its row "
@@ -167,7 +167,7 @@ def _refetched(kind: str, width: str, found: Rows) -> list[Row]:
     return [
         _add(f"{kind}, {width}: rows that fetch low bits, %", "5.9 on average",
              100 * float(flat.float().mean()), assumptions=given),
-        _add(f"{kind}, {width}: their share of the summed |error|, %", "not published",
+        _add(f"{kind}, {width}: their share of the summed error, %", "not published",
              100 * float(error[flat].sum() / error.sum()), assumptions=given),
     ]  # fmt: skip
 
