@@ -177,6 +177,37 @@ def test_trace_then_simulate(run: Run, trace: Path) -> None:
     assert cycles[0] > cycles[2] > 0
 
 
+def test_generation_recorded_written_and_simulated(run: Run, model: Path, tmp_path: Path) -> None:
+    words: list[object] = [
+        "trace",
+        "--model",
+        model,
+        "--out",
+        "t",
+        "--length",
+        24,
+        "--json",
+        "--new-tokens",
+        2,
+    ]
+    words += ["--method", "spatten:token_keep=0.7,head_keep=none", "--csv", "run.csv.gz"]
+    code, out, _ = run(*words)
+    assert code == 0
+    (row,) = rows_of(out)
+    assert 0.5 < row["density"] < 1  # of a prompt that is read whole, and two steps
+    assert row["values_read"] == row["keys_kept"] == pytest.approx(row["tokens_alive"])
+    assert 0.5 < row["tokens_alive"] < 0.8
+    assert (row["heads_alive"], row["low_rows"]) == (1, 0)
+    code, out, _ = run("simulate", "spatten_hpca_2021", "run.csv.gz", "t", "--json")
+    assert code == 0
+    assert all(one["cycles"] > 0 for one in rows_of(out))
+    code, _, error = run(*words)
+    assert code == 2
+    assert "--overwrite" in error
+    code, _, error = run(*words[:-2], "--overwrite", "--method", "dense", "--csv", "b.csv")
+    assert (code, "got 2 and 2" in error) == (2, True)
+
+
 def test_simulate_settings_and_timeline(run: Run, trace: Path, tmp_path: Path) -> None:
     words = ["simulate", "dota_asplos_2022", trace, "--selection", "dense", "--json"]
     _, out, _ = run(*words)

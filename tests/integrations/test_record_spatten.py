@@ -15,7 +15,8 @@ from sparseloom import hardware
 from sparseloom.hardware.cascade import Cascade, with_cascade
 from sparseloom.integrations import record, sparsify
 from sparseloom.methods import Dense
-from sparseloom.trace import AttentionCall, Trace
+from sparseloom.trace import AttentionCall, Trace, TraceError
+from sparseloom.trace.summary import call_counts, shares
 from sparseloom.trace.traffic import trace_traffic
 
 ENCODER = sl.SpAtten(token_keep=0.6, head_keep=0.75)
@@ -48,6 +49,12 @@ def test_an_encoder(zoo: SimpleNamespace, family: str, tmp_path: Path) -> None:
     selection = trace.selection()
     assert selection.method == ENCODER.to_dict()
     calls, padding = selection.calls, inputs["attention_mask"].bool().numpy()
+    found = call_counts(trace.workload, selection)
+    assert [one.keys for one in found] == [row["kept_pairs"] for row in sparse.stats()]
+    assert [one.tokens_alive for one in found] == [
+        row.get("tokens_alive") for row in sparse.stats()
+    ]
+    assert [one.heads_alive for one in found] == [row.get("heads_alive") for row in sparse.stats()]
     for layer, (row, seen) in enumerate(zip(sparse.stats(), sparse.survivors(), strict=True)):
         call = calls[layer]
         assert total(trace.kept_pairs()[layer]) == row["kept_pairs"]
@@ -70,8 +77,8 @@ def test_an_encoder(zoo: SimpleNamespace, family: str, tmp_path: Path) -> None:
     again = Trace.load(tmp_path / "trace")
     assert again == trace
     machine = hardware.load("spatten_hpca_2021")
-    found, dense = (machine.simulate(again, name) for name in (selection.name, "dense"))
-    assert 0 < found.cycles < dense.cycles
+    ours, dense = (machine.simulate(again, name) for name in (selection.name, "dense"))
+    assert 0 < ours.cycles < dense.cycles
 
 
 def test_sequences_with_heads_of_their_own(zoo: SimpleNamespace) -> None:
@@ -110,6 +117,21 @@ def test_generation(
         alive = [total(call.tokens_alive) for call in mine[1:]]
         assert alive == [DECODER.kept_tokens(2, 13 + step)[layer] for step in range(STEPS)]
         assert [heads_of(call, 4) for call in mine[1:]] == [DECODER.kept_heads(2, 4)[layer]] * STEPS
+    counts = call_counts(trace.workload, trace.selection())
+    for layer, row in enumerate(stats):
+        mine = counts[layer::2]
+        assert sum(one.keys for one in mine) == row["kept_pairs"]
+        assert sum(one.rows for one in mine[1:]) == row.get("rows")
+        assert sum(one.low_rows for one in mine) == row.get("low_rows")
+        assert [one.heads_alive for one in mine] == [
+            4,
+            *DECODER.kept_heads(2, 4)[layer:][:1] * STEPS,
+        ]
+    assert [(one.stage, one.tokens, one.tokens_alive) for one in counts[:3]] == [
+        ("prefill", 12, 12), ("prefill", 12, 12), ("decode", 13, DECODER.kept_tokens(2, 13)[0]),
+    ]  # fmt: skip
+    left = shares(trace.workload, trace.selection())
+    assert left["values_read"] < left["keys_kept"] < left["tokens_alive"] < 1
     assert (calls[0].mask, calls[0].key_bits) == (None, None)
     assert {(c.key_bits, c.lsb_bits, c.lsb_threshold, c.value_bits) for c in calls[2:]} == {
         (6, 4, 0.4, 8)
@@ -147,6 +169,26 @@ def test_generation(
         report = machine.simulate(one, fidelity="cycle")
         assert report.cycles > 0
         assert (report.dram_bytes or 0) >= (report.useful_bytes or 0) > 0
+
+
+@pytest.mark.parametrize(
+    "method",
+    [DECODER, sl.H2O(heavy_keep=0.3, recent_keep=0.2), sl.StreamingLLM(window=0.3)],
+    ids=lambda method: method.name,
+)
+def test_a_batch_that_generates(zoo: SimpleNamespace, method: Any, tmp_path: Path) -> None:
+    model, inputs = zoo.build("llama"), zoo.inputs("left", length=12)
+    trace = record(model, method, inputs, new_tokens=2)
+    length: Any = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    with sparsify(model, method) as sparse:
+        model.generate(**inputs, **length)
+    for layer, row in enumerate(sparse.stats()):
+        assert sum(total(one) for one in trace.kept_pairs()[layer::2]) == row["kept_pairs"]
+        assert sum(total(one) for one in trace.allowed_pairs()[layer::2]) == row["allowed_pairs"]
+    assert trace.density() < 1
+    with pytest.raises(TraceError, match="step 1, layer 0: the format has one sequence and one"):
+        trace.to_spatten_csv(tmp_path / "run.csv")
+    assert hardware.load("spatten_hpca_2021").simulate(trace).cycles > 0
 
 
 def test_counts_are_those_of_the_machine(

@@ -196,6 +196,9 @@ def test_a_study_that_is_missing_is_named() -> None:
     assert [row["ours"] for row in made] == ["not run here yet"]
     assert QUALITY.command in made[0]["note"]
     assert results(made, command="test").rows
+    other = {"record": "generation", "settings": {"method": "h2o", "version": 1}}
+    assert len(fig21([other])) == 1
+    assert not reductions.bits_picture([other])
     generated = [row for row in rows_of("fig21") if "perplexity" in row["quantity"]]
     assert len(generated) == 20
     assert all(row["ours"] > 0 for row in generated)

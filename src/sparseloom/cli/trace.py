@@ -69,6 +69,7 @@ def trace(
     from sparseloom.models import load_model
     from sparseloom.results import results
     from sparseloom.trace import Trace
+    from sparseloom.trace.summary import shares
 
     if out.exists() and not overwrite:
         raise FileExistsError(f"--out {out} exists: choose another folder or pass --overwrite")
@@ -117,12 +118,17 @@ def trace(
                 "allowed_pairs": allowed,
                 "operators": len(recorded.workload.operators),
                 "attention_calls": len(recorded.workload.attention()),
+                **shares(recorded.workload, recorded.selection(name)),
                 "seed": seed,
             }
         )
     columns: list[Column] = [
         ("selection", value("selection")),
         ("density", percent("density")),
+        ("tokens alive", percent("tokens_alive")),
+        ("heads alive", percent("heads_alive")),
+        ("values read", percent("values_read")),
+        ("rows with low bits", percent("low_rows")),
         ("kept pairs", number("kept_pairs")),
         ("attention calls", value("attention_calls")),
         ("operators", value("operators")),

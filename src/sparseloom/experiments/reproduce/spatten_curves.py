@@ -10,7 +10,7 @@ import numpy as np
 
 from sparseloom.experiments.reproduce import Study
 from sparseloom.experiments.reproduce.rows import Row, row
-from sparseloom.experiments.reproduce.spatten_reductions import GENERATION
+from sparseloom.experiments.reproduce.spatten_reductions import GENERATION, generated_with_spatten
 
 if TYPE_CHECKING:
     from sparseloom.report.html import Section
@@ -36,7 +36,7 @@ _READ_OFF = "the published curve is read off the figure, and straight between it
 
 def fig21(study: Sequence[Row]) -> list[Row]:
     """Figure 21: quality against tokens and heads pruned, one without the other."""
-    rows = [made for one in study if one.get("record") == "generation" for made in _generated(one)]
+    rows = [made for one in study if generated_with_spatten(one) for made in _generated(one)]
     tuned = [one for one in study if one.get("kind") in KINDS]
     rows += [made for one in tuned for made in _encoder(one)]
     if not tuned:
@@ -130,7 +130,7 @@ def _point(one: Mapping[str, Any], what: str) -> tuple[str, float, float] | None
         alive = one.get(f"{what}_alive")
         if alive:
             return f"{one['model']}, {one['task']}", 1 / alive, -100 * one["loss"]
-    if one.get("record") != "generation":
+    if not generated_with_spatten(one):
         return None
     settings = one["settings"]
     others = {"tokens": settings["head_keep"], "heads": settings["token_keep"]}[what]

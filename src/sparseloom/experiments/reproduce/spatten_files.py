@@ -8,6 +8,7 @@ from itertools import compress
 
 from sparseloom.tasks.data import find_data
 from sparseloom.trace import Selection, Trace, Workload
+from sparseloom.trace.summary import call_counts
 from sparseloom.trace.traffic import Traffic, selection_traffic
 
 SMALL = "summary-gpt2-small-wikitext2-per8.csv"
@@ -80,33 +81,23 @@ def statistics(workload: Workload, selection: Selection) -> Statistics:
     generated = [operator.stage == "decode" for operator in workload.attention()]
     operators = tuple(compress(workload.attention(), generated))
     calls = tuple(compress(selection.calls, generated))
-    steps = replace(workload, operators=operators)
-    keys = values = low = rows = low_rows = length = present = 0
-    for operator, call in zip(operators, calls, strict=True):
-        padding = workload.padding_of(operator)
-        read = call.kept_pairs(operator, padding)
-        keys += int(read.sum())
-        values += int(call.value_pairs(operator, padding).sum())
-        alive = operator.heads if call.heads_alive is None else int(call.heads_alive.sum())
-        rows += operator.batch * alive
-        length += operator.batch * operator.heads * operator.kv_len
-        present += operator.batch * alive * operator.kv_len
-        if call.lsb_refetch is not None:
-            low_rows += int(call.lsb_refetch.sum())
-            low += int((read * call.lsb_refetch[:, :, 0]).sum())
+    steps, chosen = replace(workload, operators=operators), replace(selection, calls=calls)
+    counts, moved = call_counts(steps, chosen), selection_traffic(steps, chosen)
+    head_dim, low_bits = operators[-1].head_dim, calls[-1].lsb_bits or 0
+    pairs = list(zip(counts, operators, strict=True))
     return Statistics(
-        keys=keys,
-        values=values,
-        low=low,
-        rows=rows,
-        low_rows=low_rows,
-        length=length,
-        present=present,
+        keys=sum(one.keys for one in counts),
+        values=sum(one.values for one in counts),
+        low=round(moved.useful_lsb * 8 / (low_bits * head_dim)) if low_bits else 0,
+        rows=sum(one.rows for one in counts),
+        low_rows=sum(one.low_rows for one in counts),
+        length=sum(one.heads * operator.kv_len for one, operator in pairs),
+        present=sum(one.heads_alive * operator.kv_len for one, operator in pairs),
         key_bits=calls[-1].key_bits or 32,
-        low_bits=calls[-1].lsb_bits or 0,
+        low_bits=low_bits,
         value_bits=calls[-1].value_bits or 32,
-        head_dim=operators[-1].head_dim,
-        moved=selection_traffic(steps, replace(selection, calls=calls)),
+        head_dim=head_dim,
+        moved=moved,
         dense=selection_traffic(steps, Trace(steps).selection("dense")),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -229,7 +229,12 @@ def _given(name: str) -> tuple[str, ...]:
 
 
 def _contenders(study: Sequence[Row]) -> list[Row]:
-    return [one for one in study if one.get("record") == "generation"]
+    return [one for one in study if generated_with_spatten(one)]
+
+
+def generated_with_spatten(one: Mapping[str, Any]) -> bool:
+    """Whether a stored row is a run of this method in generation, not of a later one."""
+    return one.get("record") == "generation" and one["settings"]["method"] == "spatten"
 
 
 def _setting(one: Row) -> str:
