@@ -191,6 +191,25 @@ def test_a_batch_that_generates(zoo: SimpleNamespace, method: Any, tmp_path: Pat
     assert hardware.load("spatten_hpca_2021").simulate(trace).cycles > 0
 
 
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+def test_a_decoder_whose_prompt_gets_shorter(zoo: SimpleNamespace, granularity: Any) -> None:
+    model, inputs = zoo.build("gpt2", n_layer=4), zoo.inputs("left", length=16)
+    method = sl.SpAtten(
+        token_keep=0.6, head_keep=0.75, prompt="shorten", granularity=granularity, recent=2
+    )
+    trace = record(model, method, inputs, tensors=True)
+    with torch.no_grad(), sparsify(model, method) as sparse:
+        model(**inputs)
+    counts = call_counts(trace.workload, trace.selection())
+    assert [one.keys for one in counts] == [row["kept_pairs"] for row in sparse.stats()]
+    assert [one.tokens_alive for one in counts] == [
+        row.get("tokens_alive") for row in sparse.stats()
+    ]
+    assert trace.tensors["calls.3.key"].shape == (3, 4, 16, 8)
+    with pytest.raises(ValueError, match=r"new_tokens must be 0: spatten.* shortens the sequence"):
+        record(model, method, inputs, new_tokens=1)
+
+
 def test_counts_are_those_of_the_machine(
     zoo: SimpleNamespace, prompt: dict[str, torch.Tensor]
 ) -> None:

@@ -68,7 +68,8 @@ def record(
 
     Raises:
         NotImplementedError, TypeError: as `sparsify`.
-        ValueError: `new_tokens` is negative, or the model cannot generate.
+        ValueError: `new_tokens` is negative, or the model cannot generate, or the method shortens
+            its sequence.
     """
     if new_tokens < 0:
         raise ValueError(f"new_tokens must be 0 or more, got {new_tokens}")
@@ -78,6 +79,11 @@ def record(
     generates = chooses_in_cache(method, shape)
     whole_run = None
     if isinstance(method, Pruner) and not generates:  # whose sequence gets shorter
+        if new_tokens:
+            raise ValueError(
+                f"new_tokens must be 0: {method} shortens the sequence, and every token would be a "
+                "pass of its own"
+            )
         whole_run = record(model, Dense(), inputs, name=name).workload
     recorder = _Recorder(model, method, tensors)
     was_training = model.training
