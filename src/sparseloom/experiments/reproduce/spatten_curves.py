@@ -30,6 +30,7 @@ TOKENS: dict[float, float] = {
 HEADS: dict[float, float] = {
     1.05: 3.0, 1.12: 1.0, 1.2: 0.5, 1.3: -0.3, 1.5: -8.5, 1.6: -11.0, 1.8: -14.0, 2.0: -16.5,
 }  # fmt: skip
+_SHOWN = (-60, 10)
 _add = partial(row, PAPER, "fig21", basis="scenario")
 _READ_OFF = "the published curve is read off the figure, and straight between its points"
 
@@ -69,9 +70,10 @@ def fig21_picture(study: list[Row]) -> list[Section]:
             curves, x_title=f"{what} over those kept", y_title="change of quality, %",
             rule=(0.0, "dense"),
         )  # fmt: skip
+        figure.update_yaxes(range=_SHOWN)
         text = (
             "Scores in points over dense; language models by the change of their perplexity, with "
-            "its sign turned round."
+            f"its sign turned round; points below {_SHOWN[0]} % lie outside."
         )
         sections.append(Section(f"Quality against {what} pruned", text, (figure,)))
     return sections
