@@ -21,7 +21,7 @@ QUALITY = Study(
 )
 STUDIES = (QUALITY, GENERATION)
 
-KINDS = ("average", "adaptive", "searched", "tokens", "heads")
+KINDS = ("average", "rising", "adaptive", "searched", "tokens", "heads")
 # Reduction of tokens (GPT-2-Small on PTB), of heads (BERT-Base on CoLA) → change of accuracy in %.
 TOKENS: dict[float, float] = {
     1.0: 0.0, 2.6: 0.5, 3.4: -0.5, 4.0: -1.0, 4.5: -1.5, 5.2: -5.5, 6.5: -21.0, 7.3: -32.0,
@@ -128,10 +128,9 @@ def _encoder(one: Row) -> list[Row]:
 
 def _point(one: Mapping[str, Any], what: str) -> tuple[str, float, float] | None:
     """(curve, reduction, change of quality) of a run that prunes nothing else."""
-    if one.get("kind") == what and one["fine_tuned"]:
-        alive = one.get(f"{what}_alive")
-        if alive:
-            return f"{one['model']}, {one['task']}", 1 / alive, -100 * one["loss"]
+    if one.get("kind") == what and (alive := one.get(f"{what}_alive")):
+        how = "" if one["fine_tuned"] else ", not fine-tuned"
+        return f"{one['model']}, {one['task']}{how}", 1 / alive, -100 * one["loss"]
     if not generated_with_spatten(one):
         return None
     settings = one["settings"]
