@@ -43,9 +43,13 @@ def test_contenders_are_scored_before_and_after_fine_tuning() -> None:
     assert isinstance(adaptive, SpAtten)
     pruned = 1 - sum(adaptive.kept_tokens(6, 12)) / 72
     assert 0.15 < pruned < 0.25  # 12 tokens of CoLA: 0.35 · 12/25 before rounding
-    average = without[spatten_quality.AVERAGE].method
-    assert isinstance(average, SpAtten)
-    assert len(set(average.kept_tokens(6, 100)[1:])) == 1
+    averages = [one[spatten_quality.AVERAGE].method for one in (found, without)]
+    for average, whole in zip(averages, (1, 3), strict=True):
+        assert isinstance(average, SpAtten)
+        tokens = average.kept_tokens(6, 1000)
+        assert tokens[:whole] == [1000] * whole
+        assert tokens[whole] < 1000
+        assert sum(tokens) == pytest.approx(0.65 * 6000, abs=6)
 
 
 def test_a_small_study(words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +74,7 @@ def test_a_small_study(words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(module, "paired_bootstrap_of", few)
     monkeypatch.setattr(spatten_quality, "TOKENS", (0.5,))
     monkeypatch.setattr(spatten_quality, "HEADS", (0.6,))
-    monkeypatch.setitem(RECIPES, "sts-b", Recipe(4, 2, 1, 1e-4, 1e-4, adaptive=False, curves=True))
+    monkeypatch.setitem(RECIPES, "sts-b", Recipe(4, 2, 1, 1e-4, 1e-4, curves=True))
     study = Study(tasks="sts-b", trials=1, search_items=0)
     rows = run_study(study, tmp_path / "out", data)
     by = {row["contender"]: row for row in rows}
