@@ -12,9 +12,9 @@ the length of a typical input and in proportion at others (§I), those that `spa
 finds on held-out training items, and on STS-B the curves of Fig. 21.  How an average is spread
 over the layers was chosen on held-out items of STS-B and CoLA, too, nothing fine-tuned with it:
 embeddings, which are means over all tokens, lose least where all layers but the first lose the
-same share; a classifier, which reads the first token, where half of the layers stay whole.
-"Default" is the paper's rule with our defaults.  Dev items choose nothing.  Finished stages lie in
-`out`.
+same share; a classifier, which reads the first token, where half of the layers stay whole (looked
+for after another spread had done badly on dev).  "Default" is the paper's rule with our defaults.
+Finished stages lie in `out`.
 """
 
 from __future__ import annotations
