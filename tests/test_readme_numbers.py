@@ -96,6 +96,7 @@ def test_what_the_sentiment_study_was_made_for_holds() -> None:
     assert main[0]["loss_upper95"] <= 0.005
     assert main[1]["loss_upper95"] <= 0.01
     assert main[2]["loss"] - main[0]["loss"] <= 0.003
+    assert rows["random 90 %"]["loss_interval95"][0] > 0.03
 
 
 def test_the_paragraph_below_the_table_is_in_the_results() -> None:
