@@ -50,7 +50,8 @@ def test_the_table_of_the_docs_is_in_the_results() -> None:
     names = [row["contender"] for row in rows if row.get("metric") == "bits per byte"]
     text = (ROOT / "docs/methods.md").read_text("utf-8")
     lines = study.table(rows, names)
-    assert lines[0] in text
-    shown = [line for name, line in zip(names, lines[2:], strict=True) if f"| {name} |" in text]
+    shown: list[str] = []
+    for after in text.split(lines[0])[1:]:  # other tables of the page have rows of these names
+        shown += after.split("\n\n")[0].splitlines()[2:]
     assert len(shown) >= 35
-    assert all(line in text for line in shown)
+    assert set(shown) <= set(lines[2:])

@@ -232,3 +232,10 @@ def test_pictures() -> None:
             assert sections
             drawn: list[Any] = [figure for section in sections for figure in section.figures]
             assert all(len(figure.data) > 1 for figure in drawn)
+
+
+def test_a_file_that_is_not_at_hand_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reductions, "published", lambda name: None)
+    rows = reductions._replayed()
+    assert [row["ours"] for row in rows] == ["not at hand"] * 2
+    assert all("SPARSELOOM_DATA" in row["note"] for row in rows)

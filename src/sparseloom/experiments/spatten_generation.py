@@ -7,9 +7,7 @@ the model gave it before it was read; no query sees importance from later ones. 
 SpAtten (HPCA 2021, §III) runs alone and together with the others; H2O, StreamingLLM, SnapKV and
 Quest at four budgets. Two models: the built-in one on held-out source text (bits per byte) and,
 where the data folder has it, the small stories checkpoint on text that it sampled itself (bits per
-token). The last rows time the attention of one step at 8192 tokens of GPT-2 small's shape, with the
-token counts of the published trace of that model. What is finished lies in the work folder or in
-the results and is not made again.
+token). What is finished lies in the work folder or in the results and is not made again.
 """
 
 from __future__ import annotations
@@ -28,7 +26,6 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from sparseloom.experiments.bootstrap import paired_bootstrap
-from sparseloom.experiments.generation_time import time_rows
 from sparseloom.integrations import sparsify
 from sparseloom.methods import H2O, Method, Quest, SnapKV, SpAtten, StreamingLLM
 from sparseloom.models import LoadedModel, load_model
@@ -289,7 +286,6 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--no-times", action="store_true", help="leave the times out")
     arguments = parser.parse_args()
     sizes = (arguments.windows, arguments.prompt, arguments.steps + 1)
     texts = [built_in(*sizes)]
@@ -301,8 +297,6 @@ def main() -> None:
         texts.append(stories(folder, arguments.windows, 256, arguments.steps + 1))
     known = read_results(arguments.out).rows if arguments.out.exists() else []
     rows = run_study(texts, arguments.work, [row.model_dump() for row in known])
-    if not arguments.no_times:
-        rows += time_rows()
     command = " ".join(["python -m sparseloom.experiments.spatten_generation", *sys.argv[1:]])
     write_results(arguments.out, rows, command=command)
 

@@ -26,7 +26,7 @@ PAPER = "spatten_hpca_2021"
 GENERATION = Study(
     "spatten_generation.json",
     None,
-    "python -m sparseloom.experiments.spatten_generation --no-times",
+    "python -m sparseloom.experiments.spatten_generation",
 )
 ENCODER = Study("spatten_encoder.json", None, "python -m sparseloom.experiments.spatten_encoder")
 LENGTHS = Study(
@@ -176,6 +176,12 @@ def _replayed() -> list[Row]:
     for file, selection in ((SMALL, "spatten"), (SMALL_DENSE, "dense")):
         theirs = published(file)
         if theirs is None:
+            rows.append(
+                _add(
+                    "reductions", f"{file}: what it counts", "the authors' file", "not at hand",
+                    basis="identity", note="set SPARSELOOM_DATA to where spatten_traces lies",
+                )
+            )  # fmt: skip
             continue
         mine = statistics(ours.workload, ours.selection(selection))
         quantities: dict[str, tuple[float, float]] = {
