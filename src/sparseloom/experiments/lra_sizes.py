@@ -83,7 +83,7 @@ def _small(task: str, length: int, recipe: dict[str, Any], **settings: Any) -> L
 
 # Attention dropout is 0 in the small models: on a CPU it takes dense attention off its fast path.
 _TINY = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
 _TINY_IMAGE = {
@@ -91,10 +91,10 @@ _TINY_IMAGE = {
     "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
 _SHORT = {
-    "warmup_steps": 40, "joint_steps": 40, "joint_batch": 16, "lr": 2e-4, "predictor_lr": 5e-3,
+    "warmup_steps": 100, "joint_steps": 100, "joint_batch": 16, "lr": 2e-4, "predictor_lr": 5e-3,
     "query_rows": 64, "diagnosed": 32,
 }  # fmt: skip
-_FAST = {"batch_size": 32, "peak_lr": 2e-3}
+_FAST = {"batch_size": 32, "peak_lr": 1e-3}
 
 _STUDIES: dict[tuple[str, str], LraStudy] = {
     # Steps of the paper's adaptation are not published; these are defaults.
@@ -103,14 +103,15 @@ _STUDIES: dict[tuple[str, str], LraStudy] = {
     ("image", "paper"): _paper("image", 3500),
     ("listops", "paper"): _paper("listops", 2000),
     ("text", "small"): _small(
-        "text", 512, {"steps": 700, "warmup_steps": 100, **_FAST}, model=_TINY, items=1000, **_SHORT
+        "text", 512, {"steps": 4000, "warmup_steps": 400, **_FAST}, model=_TINY, items=1000,
+        **_SHORT,
     ),
     ("retrieval", "small"): _small(
-        "retrieval", 512, {"steps": 400, "warmup_steps": 60, **_FAST}, model=_TINY, **_SHORT
+        "retrieval", 512, {"steps": 1200, "warmup_steps": 120, **_FAST}, model=_TINY, **_SHORT
     ),
     ("image", "small"): _small(
-        "image", 1024, {"steps": 300, "warmup_steps": 20, **_FAST}, model=_TINY_IMAGE, items=1000,
-        **{**_SHORT, "joint_batch": 8, "diagnosed": 16},
+        "image", 1024, {"steps": 1500, "warmup_steps": 100, "batch_size": 16, "peak_lr": 1e-3},
+        model=_TINY_IMAGE, items=1000, **{**_SHORT, "joint_batch": 8, "diagnosed": 16},
     ),
     ("listops", "small"): _small(
         "listops", 512, {"steps": 700, "warmup_steps": 100, **_FAST}, model=_TINY, items=1000,

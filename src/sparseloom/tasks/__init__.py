@@ -22,6 +22,7 @@ _TASKS = {
     "wikitext2": ("language_modelling", "WikiText2"),
     "ptb": ("language_modelling", "PennTreebank"),
     "sts-b": ("stsb", "SemanticSimilarity"),
+    "sts-b-pairs": ("stsb_pairs", "PairSimilarity"),
     "sst-2": ("glue", "SST2"),
     "cola": ("glue", "CoLA"),
     "imdb": ("imdb", "MovieReviews"),

@@ -90,6 +90,12 @@ class SemanticSimilarity(Task):
         pairs = read_pairs(read_text(self._folder, *_FILES[split]))
         return [pairs[i] for i in _held_out(len(pairs))] if split == "held-out" else pairs
 
+    def training_pairs(self) -> list[Pair]:
+        """The pairs of "train" that are not in "held-out"."""
+        pairs = self.pairs("train")
+        left_out = set(_held_out(len(pairs)))
+        return [pair for i, pair in enumerate(pairs) if i not in left_out]
+
     def held_out(self) -> SemanticSimilarity:
         """The task on the split "held-out"."""
         other = SemanticSimilarity("held-out", self.batch_size)
@@ -171,9 +177,7 @@ class SemanticSimilarity(Task):
         before any comes again; those of "held-out" never.
         """
         loaded = LoadedModel.of(model)
-        pairs = self.pairs("train")
-        left_out = set(_held_out(len(pairs)))
-        pairs = [pair for i, pair in enumerate(pairs) if i not in left_out]
+        pairs = self.training_pairs()
         texts = [max(pair.first, pair.second, key=len) for pair in pairs]
         for chosen in shuffled_batches(texts, steps=steps, batch_size=batch_size, seed=seed):
             some = [pairs[i] for i in chosen]
