@@ -332,6 +332,32 @@ def test_adapt_saves_a_model_that_compare_takes(run: Run, model: Path) -> None:
     assert rows_of(out)[1]["density"] < 0.5
 
 
+def test_adapt_calibrates_and_compare_takes_the_thresholds(run: Run, model: Path) -> None:
+    words = ("adapt", "--model", model, "--out", "tuned", "--method", "elsa:p=2")
+    code, _, err = run(*words, "--joint-steps", 2)
+    assert (code, err) == (
+        2,
+        "error: --joint-steps must be 0 for elsa, which is calibrated to the model as it is, "
+        "got 2\n",
+    )
+    code, out, err = run(
+        *words, "--calibration-steps", 1, "--batch-size", 1, "--limit", 1, "--json"
+    )
+    assert code == 0, err
+    tuned = rows_of(out)[0]
+    assert tuned["settings"]["thresholds"]
+    code, out, err = run(
+        "compare", "--model", "tuned", "--limit", 1, "--json", "--method", "elsa:p=2",
+        "--method", "elsa:p=4",
+    )  # fmt: skip
+    assert code == 0, err
+    given, fresh = rows_of(out)[1:]
+    assert given["settings"] == tuned["settings"]
+    assert fresh["settings"]["thresholds"] != tuned["settings"]["thresholds"]
+    assert given["density"] < 1.0
+    assert fresh["density"] < 1.0
+
+
 def test_adapt_takes_the_ramp_and_the_gradient(run: Run, model: Path) -> None:
     words = ["adapt", "--model", model, "--warmup-steps", 1, "--joint-steps", 2, "--limit", 0,
              "--batch-size", 1, "--method", "dynamic:sparsity=0.5,projection=0.5,minimum_keys=4",

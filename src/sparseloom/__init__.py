@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         BlockLocal,
         Dense,
         DynamicSparse,
+        Elsa,
         Fixed,
         LightningIndexer,
         LinearAttention,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
         parse_method,
     )
     from sparseloom.trace import Trace
-    from sparseloom.training import adapt, load, save
+    from sparseloom.training import adapt, calibrate, load, save
 
 __all__ = [
     "H2O",
@@ -56,6 +57,7 @@ __all__ = [
     "BlockLocal",
     "Dense",
     "DynamicSparse",
+    "Elsa",
     "Fixed",
     "LightningIndexer",
     "LinearAttention",
@@ -80,6 +82,7 @@ __all__ = [
     "Trace",
     "adapt",
     "attention",
+    "calibrate",
     "decode_attention",
     "format_method",
     "hardware",
@@ -107,6 +110,7 @@ _HOMES = {
         "BlockLocal",
         "Dense",
         "DynamicSparse",
+        "Elsa",
         "Fixed",
         "H2O",
         "LightningIndexer",
@@ -130,7 +134,7 @@ _HOMES = {
         "parse_method",
     ),
     "sparseloom.trace": ("Trace",),
-    "sparseloom.training": ("adapt", "load", "save"),
+    "sparseloom.training": ("adapt", "calibrate", "load", "save"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = frozenset({"hardware", "kernels", "methods", "quantize", "tasks", "trace"})

@@ -20,6 +20,7 @@ from sparseloom.methods import (
     BlockLocal,
     Dense,
     DynamicSparse,
+    Elsa,
     Fixed,
     Learned,
     LightningIndexer,
@@ -102,6 +103,19 @@ EXAMPLES: dict[str, list[Method]] = {
     "indexer": [
         LightningIndexer(width=8, index_heads=2, minimum_keys=3, indexer=INDEXER),
         LightningIndexer(width=8, index_heads=2, block_size=(8, 1), indexer=INDEXER),
+    ],
+    "elsa": [
+        Elsa(p=2.0, thresholds=((0.2,), (0.05,))),
+        Elsa(p=0.0),
+        Elsa(retention=0.3),
+        Elsa(
+            retention=0.5,
+            thresholds=((0.2, 0.1), (0.05, -1e-05)),
+            granularity="head",
+            form="orthogonal",
+            bits=40,
+            seed=1,
+        ),
     ],
     "window": [
         SlidingWindow(sparsity=0.9),
@@ -254,6 +268,8 @@ def test_cost_rule_and_costs(method: Method) -> None:
     assert not method.worthwhile(1, 1) or isinstance(method, Oracle)
     dropped = getattr(method, "sparsity", None) or getattr(method, "width", None)
     dropped = dropped or getattr(method, "threshold", None) or isinstance(method, StaticPattern)
+    if isinstance(method, Elsa):
+        dropped = method.p > 0
     assert method.worthwhile(4096, 4096) == bool(dropped)
     state = method.new_state(0)
     assert (state is not None) == method.owns_cache_state
@@ -381,6 +397,11 @@ def test_shape_counts_the_allowed_pairs() -> None:
         ("window", "exactly one of sparsity and width"),
         ("gate:width=5", "width must be even, got 5"),
         ("gate:threshold=1", r"threshold must be in \(0, 1\), got 1.0"),
+        ("elsa:p=-1", "p must be a number of at least 0, got -1.0"),
+        ("elsa:p=inf", "p must be a number of at least 0, got inf"),
+        ("elsa:retention=0", r"retention must be in \(0, 1\], got 0.0"),
+        ("elsa:form=random", "form must be one of 'kronecker', 'orthogonal', got 'random'"),
+        ("elsa:granularity=key", "granularity must be one of 'layer', 'head', got 'key'"),
         ("indexer:bits=4", "bits must be one of 8, 32, got 4"),
         ("indexer:rotary_share=2", r"rotary_share must be in \[0, 1\], got 2.0"),
         ("window:width=4,growing=true", "width must be none for a growing window, got 4"),

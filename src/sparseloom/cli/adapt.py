@@ -1,4 +1,4 @@
-"""`sparseloom adapt`: train the predictor of a model, and with it the model, and save both."""
+"""`sparseloom adapt`: train or calibrate what a method needs of a model, and save both."""
 
 from __future__ import annotations
 
@@ -54,6 +54,10 @@ def adapt(
     joint_steps: Annotated[
         int, typer.Option("--joint-steps", min=0, help="Model and predictor together.")
     ] = 0,
+    calibration_steps: Annotated[
+        int,
+        typer.Option("--calibration-steps", min=1, help="Batches that thresholds are taken from."),
+    ] = 8,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts per step.")] = 2,
     length: Annotated[
         int | None, typer.Option("--context", min=16, help="Tokens per text; default: the model's.")
@@ -87,19 +91,30 @@ def adapt(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune model and predictor; a run that was stopped continues from its checkpoints."""
+    """Fine-tune model and predictor; a run that was stopped continues from its checkpoints.
+
+    A method that is calibrated (elsa) reads its thresholds off training text instead.
+    """
     import torch
 
-    from sparseloom.methods import Learned, parse_method
+    from sparseloom.methods import Calibrated, Learned, parse_method
     from sparseloom.models import load_model
     from sparseloom.results import results
     from sparseloom.tasks import get_task
-    from sparseloom.training import SparsityRamp, save
+    from sparseloom.training import SparsityRamp, calibrate, save
     from sparseloom.training import adapt as train
 
     chosen = parse_method(method)
-    if not isinstance(chosen, Learned):
-        raise ValueError(f"--method must be one with weights (dynamic:…), got {method!r}")
+    calibrated = isinstance(chosen, Calibrated)
+    if not calibrated and not isinstance(chosen, Learned):
+        raise ValueError(
+            f"--method must be one with weights (dynamic:…) or thresholds (elsa:…), got {method!r}"
+        )
+    if calibrated and joint_steps:
+        raise ValueError(
+            f"--joint-steps must be 0 for {chosen.name}, which is calibrated to the model as it "
+            f"is, got {joint_steps}"
+        )
     if out.exists() and not overwrite:
         raise FileExistsError(f"--out {out} exists: choose another folder or pass --overwrite")
     set_threads(threads)
@@ -107,22 +122,27 @@ def adapt(
     scorer.load(data)
     torch.manual_seed(seed)  # a fresh classifier draws its weights
     loaded = load_model(model, head=scorer.head, classes=scorer.classes)
-    steps = warmup_steps + joint_steps
-    adapted = train(
-        loaded.model,
-        chosen,
-        scorer.batches(loaded, steps=steps, batch_size=batch_size, context=length, seed=seed),
-        warmup_steps=warmup_steps,
-        joint_steps=joint_steps,
-        loss=loss.value,
-        loss_weight=loss_weight,
-        gradient=None if gradient is None else gradient.value,
-        ramp=None if ramp_from is None else SparsityRamp(ramp_from, ramp_share),
-        lr=lr,
-        predictor_lr=predictor_lr,
-        seed=seed,
-        out=out.with_name(f"{out.name}-checkpoints"),
-    )
+    steps = calibration_steps if calibrated else warmup_steps + joint_steps
+    batches = scorer.batches(loaded, steps=steps, batch_size=batch_size, context=length, seed=seed)
+    adapted: Method
+    if isinstance(chosen, Calibrated):
+        adapted = calibrate(loaded.model, chosen, batches)
+    else:
+        adapted = train(
+            loaded.model,
+            chosen,
+            batches,
+            warmup_steps=warmup_steps,
+            joint_steps=joint_steps,
+            loss=loss.value,
+            loss_weight=loss_weight,
+            gradient=None if gradient is None else gradient.value,
+            ramp=None if ramp_from is None else SparsityRamp(ramp_from, ramp_share),
+            lr=lr,
+            predictor_lr=predictor_lr,
+            seed=seed,
+            out=out.with_name(f"{out.name}-checkpoints"),
+        )
     save(loaded.model, adapted, out, overwrite=overwrite)
     if loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(out)

@@ -65,9 +65,10 @@ def trace(
     """Record one pass: the operators, and what each method keeps of every attention."""
     from sparseloom.experiments.compare import with_predictor
     from sparseloom.integrations import record
-    from sparseloom.methods import parse_method
+    from sparseloom.methods import Calibrated, parse_method
     from sparseloom.models import load_model
     from sparseloom.results import results
+    from sparseloom.tasks import get_task
     from sparseloom.trace import Trace
     from sparseloom.trace.summary import shares
 
@@ -86,7 +87,11 @@ def trace(
     if csv is not None and csv.exists() and not overwrite:
         raise FileExistsError(f"--csv {csv} exists: choose another file or pass --overwrite")
     loaded = load_model(model)
-    methods = [with_predictor(chosen, loaded) for chosen in methods]
+    scorer = None
+    if any(isinstance(chosen, Calibrated) and chosen.needs_calibration for chosen in methods):
+        scorer = get_task(task)
+        scorer.load(data)
+    methods = [with_predictor(chosen, loaded, scorer, seed=seed) for chosen in methods]
     inputs = _inputs(loaded, task=task, data=data, text=text, length=length)
     recorded: Trace | None = None
     console = progress_console()

@@ -17,6 +17,7 @@ from sparseloom.integrations import record, sparsify
 from sparseloom.integrations.stats import LayerStats
 from sparseloom.methods import (
     AttentionInputs,
+    Calibrated,
     Dense,
     DynamicSparse,
     Method,
@@ -27,14 +28,14 @@ from sparseloom.methods import (
 )
 from sparseloom.results import ResultsFile
 from sparseloom.results import results as as_results
-from sparseloom.training import load_method
+from sparseloom.training import calibrate, load_method
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from sparseloom.mask import SparseMask
     from sparseloom.models import LoadedModel
-    from sparseloom.tasks import Score
+    from sparseloom.tasks import Score, Task
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def compare(
     scorer = get_task(task)
     scorer.load(data)
     loaded = load_model(model, head=scorer.head, classes=scorer.classes)
-    named = {str(method): with_predictor(method, loaded) for method in chosen}
+    named = {str(method): with_predictor(method, loaded, scorer, seed=seed) for method in chosen}
     torch.manual_seed(seed)
     sample = next(iter(scorer.inputs(loaded, limit=1)))
 
@@ -150,11 +151,22 @@ def unique_methods(methods: Sequence[Method]) -> list[Method]:
     return unique
 
 
-def with_predictor(method: Method, loaded: LoadedModel) -> Method:
-    """The method with the predictor that came with the model, where it needs one.
+CALIBRATION_BATCHES = 8
+"""Training batches of two texts that a method's settings are read off, where need be."""
+
+
+def with_predictor(
+    method: Method, loaded: LoadedModel, task: Task | None = None, *, seed: int = 0
+) -> Method:
+    """The method with what it needs of the model: a predictor or settings that came with it.
+
+    Settings that are read off text (`Calibrated`) come from the training half of `task` where the
+    model brings none.
 
     Raises ValueError when the model brings none, or one of another width or precision.
     """
+    if isinstance(method, Calibrated):
+        return _calibrated(method, loaded, task, seed) if method.needs_calibration else method
     if not isinstance(method, DynamicSparse) or method.predictor is not None:
         return method
     shipped = saved_method(loaded)
@@ -164,6 +176,20 @@ def with_predictor(method: Method, loaded: LoadedModel) -> Method:
             f"train one with `sparseloom adapt --model {loaded.name} --out DIR`, then --model DIR"
         )
     return dataclasses.replace(method, predictor=shipped.predictor)
+
+
+def _calibrated(method: Calibrated, loaded: LoadedModel, task: Task | None, seed: int) -> Method:
+    shipped = saved_method(loaded)
+    if isinstance(shipped, Calibrated) and shipped.is_calibrated_from(method):
+        return shipped
+    if task is None:
+        raise ValueError(
+            f"method: {method} needs calibration, and model {loaded.name!r} brings none: run "
+            f"`sparseloom adapt --model {loaded.name} --method {method} --out DIR` first, then "
+            "--model DIR"
+        )
+    batches = task.batches(loaded, steps=CALIBRATION_BATCHES, batch_size=2, seed=seed)
+    return calibrate(loaded.model, method, batches)
 
 
 def saved_method(loaded: LoadedModel) -> Method | None:

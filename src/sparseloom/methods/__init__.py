@@ -5,6 +5,7 @@ from sparseloom.methods.base import (
     Attender,
     AttentionInputs,
     AttentionShape,
+    Calibrated,
     LayerState,
     Method,
     Pruner,
@@ -16,6 +17,7 @@ from sparseloom.methods.bigbird import BigBird
 from sparseloom.methods.blocklocal import BlockLocal
 from sparseloom.methods.dense import Dense
 from sparseloom.methods.dynamic import DynamicSparse
+from sparseloom.methods.elsa import Elsa
 from sparseloom.methods.gate import AttentionGate
 from sparseloom.methods.generation import Generating, Reading, Run
 from sparseloom.methods.h2o import H2O
@@ -52,8 +54,10 @@ __all__ = [
     "AttentionShape",
     "BigBird",
     "BlockLocal",
+    "Calibrated",
     "Dense",
     "DynamicSparse",
+    "Elsa",
     "Fixed",
     "Generating",
     "LayerPredictor",

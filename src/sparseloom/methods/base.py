@@ -12,7 +12,7 @@ three capabilities, each an abstract class here:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -230,6 +230,27 @@ class Selector(Method):
         For calls that run dense (see `worthwhile`) while a cache grows.
         """
         del inputs
+
+
+class Calibrated(Method):
+    """A method with settings that are read off attention calls of sample text, without training."""
+
+    @property
+    @abstractmethod
+    def needs_calibration(self) -> bool:
+        """Whether the method cannot run before `calibrate`."""
+
+    @abstractmethod
+    def is_calibrated_from(self, method: Method) -> bool:
+        """Whether this is what `calibrate` makes of `method` on some calls."""
+
+    @abstractmethod
+    def calibrate(self, calls: Iterable[AttentionInputs]) -> Calibrated:
+        """A copy whose settings fit `calls`: calls of every layer of the dense model, no cache.
+
+        Raises:
+            ValueError: a layer is not among the calls.
+        """
 
 
 class Survivors(NamedTuple):

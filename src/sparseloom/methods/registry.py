@@ -12,6 +12,7 @@ from sparseloom.methods.bigbird import BigBird
 from sparseloom.methods.blocklocal import BlockLocal
 from sparseloom.methods.dense import Dense
 from sparseloom.methods.dynamic import DynamicSparse
+from sparseloom.methods.elsa import Elsa
 from sparseloom.methods.gate import AttentionGate
 from sparseloom.methods.h2o import H2O
 from sparseloom.methods.indexer import LightningIndexer
@@ -40,6 +41,7 @@ METHODS: dict[str, type[Method]] = {
         DynamicSparse,
         AttentionGate,
         LightningIndexer,
+        Elsa,
         SlidingWindow,
         RandomMask,
         BlockLocal,

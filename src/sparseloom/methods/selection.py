@@ -127,6 +127,7 @@ def threshold_mask(
     threshold: float | Float[Tensor, " heads"],
     *,
     probability: bool = False,
+    strict: bool = False,
     block_size: tuple[int, int] = (1, 1),
     is_causal: bool = False,
     key_padding: Bool[Tensor, "#batch kv_len"] | None = None,
@@ -140,6 +141,7 @@ def threshold_mask(
     Args:
         threshold: one number, or one per head, in the units of the scores.
         probability: compare the softmax of each row over its allowed keys instead of the score.
+        strict: the score must exceed the threshold, not just reach it.
         mask_heads: heads of the mask; one that several heads share keeps what any of them does.
     """
     scores = Scores.of(scores)
@@ -163,7 +165,7 @@ def threshold_mask(
         chunk = scores.rows(start, stop, keys).masked_fill_(~may, -torch.inf)
         if probability:
             chunk = chunk.log_softmax(-1)
-        keep = chunk >= level
+        keep = chunk > level if strict else chunk >= level
         keep.scatter_(-1, chunk.argmax(-1, keepdim=True), True)
         kept = any_pair(keep & may, block_size, heads)
         if is_causal:

@@ -13,7 +13,8 @@ from sparseloom.methods.base import AttentionInputs
 from sparseloom.methods.dynamic import DynamicSparse
 from sparseloom.methods.selection import Scores, budgets
 
-_CALIBRATION_ROWS = 256  # query rows per attention call that thresholds are taken from
+CALIBRATION_ROWS = 256
+"""Query rows per attention call that thresholds are taken from, evenly spaced."""
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def calibrate_thresholds(method: DynamicSparse, calls: Iterable[AttentionInputs]
 def _allowed_scores(scores: Scores, inputs: AttentionInputs) -> Float[Tensor, "heads n"]:
     """Scores of the allowed pairs of some rows."""
     shift = scores.kv_len - scores.q_len
-    step = -(-scores.q_len // _CALIBRATION_ROWS)
+    step = -(-scores.q_len // CALIBRATION_ROWS)
     some: list[Tensor] = []
     for row in range(step - 1, scores.q_len, step):
         keys = row + 1 + shift if inputs.is_causal else scores.kv_len

@@ -1,7 +1,17 @@
 """Adaptation: fit a predictor, fine-tune with a mask in place, save and load the result."""
 
 from sparseloom.training.adapt import adapt, finetune
+from sparseloom.training.calibrate import calibrate
 from sparseloom.training.checkpoint import load, load_method, save, save_method
 from sparseloom.training.ramp import SparsityRamp
 
-__all__ = ["SparsityRamp", "adapt", "finetune", "load", "load_method", "save", "save_method"]
+__all__ = [
+    "SparsityRamp",
+    "adapt",
+    "calibrate",
+    "finetune",
+    "load",
+    "load_method",
+    "save",
+    "save_method",
+]

@@ -102,7 +102,7 @@ def adapt(
                 f"warmup_steps must be 0 for {method.name}, which predicts no scores, got "
                 f"{warmup_steps}"
             )
-        with _frozen(model), sparsify(model, Dense(), observer=(seen := Collector())):
+        with frozen(model), sparsify(model, Dense(), observer=(seen := Collector())):
             predicting = adapted
 
             def warm_up(batch: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -242,7 +242,7 @@ def _module(method: Learned) -> nn.Module:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Generator[None, None, None]:
+def frozen(model: nn.Module) -> Generator[None, None, None]:
     """The model in eval mode without gradients; both restored on exit."""
     was_training = model.training
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
