@@ -31,7 +31,7 @@ class Mode(IntEnum):
     STRIDED = 2
     """Fixed columns of every eight keys, exactly."""
     LOW_PRECISION = 3
-    """Every pair, from 4-bit codes."""
+    """Every pair, from 4-bit codes with a power of two per vector."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Region:
             lie wholly before their query tile: means over later keys would leak.
         pattern: which of every 8 keys are kept, bit b for keys j with j mod 8 = b, 1 to 255
             (STRIDED), else 0. A period of 4 is written twice.
-        low_precision_shift: low bits of the 8-bit codes that are rounded away, 1 to 7
-            (LOW_PRECISION; 4 leaves 4-bit codes), else 0.
+        low_precision_shift: most low bits that a vector's 8-bit codes lose on their way to 4 bits,
+            1 to 5 (LOW_PRECISION), else 0.
 
     Raises:
         ValueError: a field is outside its range.
@@ -85,7 +85,7 @@ class Region:
             "slope": (0, 1),
             "log2s": (1, 3) if mode is Mode.COARSE else (0, 0),
             "pattern": (1, 255) if mode is Mode.STRIDED else (0, 0),
-            "low_precision_shift": (1, 7) if mode is Mode.LOW_PRECISION else (0, 0),
+            "low_precision_shift": (1, 5) if mode is Mode.LOW_PRECISION else (0, 0),
         }
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
