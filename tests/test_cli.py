@@ -177,6 +177,28 @@ def test_trace_then_simulate(run: Run, trace: Path) -> None:
     assert cycles[0] > cycles[2] > 0
 
 
+def test_scores_in_a_trace_make_machines_comparable(run: Run, model: Path) -> None:
+    words: list[object] = ["trace", "--model", model, "--out", "t", "--length", 48, "--score", 1]
+    words += ["--method", "oracle:sparsity=0.5,minimum_keys=2", "--json"]
+    code, out, err = run(*words)
+    assert code == 0, err
+    (row,) = rows_of(out)
+    assert row["metric"] == "bits_per_byte"
+    assert row["value"] != row["dense_value"] > 0
+    code, out, _ = run("simulate", "all", "t", "--json")
+    assert code == 0
+    rows = rows_of(out)
+    assert rows[0]["value"] == rows[0]["dense_value"] == row["dense_value"]
+    ours = [one for one in rows if one["computes"] == row["selection"]]
+    assert {one["value"] for one in ours} == {row["value"]}
+    sized = [one["comparison"] for one in ours if one["configuration"] == "one size"]
+    assert sized
+    assert all(said.startswith("no comparison: bits_per_byte") for said in sized)
+    code, out, _ = run("simulate", "all", "t", "--within", 8, "--json")
+    ours = [one for one in rows_of(out) if one["computes"] == row["selection"]]
+    assert "" in {one["comparison"] for one in ours}
+
+
 def test_generation_recorded_written_and_simulated(run: Run, model: Path, tmp_path: Path) -> None:
     words: list[object] = [
         "trace",
@@ -449,6 +471,10 @@ BAD = {
         "sts",
     ),
     "trace of a folder that exists": (["trace", "--out", "."], "--overwrite"),
+    "score of a text": (
+        ["trace", "--model", "{model}", "--out", "t", "--text", "empty.txt", "--score", "1"],
+        "--text has none",
+    ),
     "empty text": (["trace", "--model", "{model}", "--out", "t", "--text", "empty.txt"], "empty"),
     "simulate without a trace": (["simulate", "dota_asplos_2022", "nowhere"], "nowhere"),
     "simulate a file": (["simulate", "dota_asplos_2022", "empty.txt"], "empty.txt"),

@@ -141,6 +141,27 @@ def test_files_of_a_cycle_run(run: Run, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lines.json.gz", "page.html", "rows.json"]
 
 
+def test_all_accelerators_in_one_table(run: Run, tmp_path: Path) -> None:
+    words = ["simulate", "all", COLA, "--html", "page.html", "--out", "rows.json"]
+    code, out, err = run(*words)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0].split()[:2] == ["accelerator", "configuration"]
+    for name in ("SpAtten", "DOTA", "A3", "MnnFast", "dense"):
+        assert any(line.startswith(name) for line in lines)
+    assert "accuracy of keys of its own choice, conservative search is not known" in out
+    assert "Stillmaker & Baas (2017), each node at its nominal voltage" in out
+    rows = rows_of((tmp_path / "rows.json").read_text("utf-8"))
+    assert {row["configuration"] for row in rows} == {"one size", "as published"}
+    assert {row["scope"] for row in rows} == {"attention"}
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert "Times as fast as the dense baseline" in page
+    assert page.count("<tr") == len(rows) + 1
+    code, out, _ = run("simulate", "all", COLA, "--selection", "dense", "--json")
+    assert code == 0
+    assert {row["selection"] for row in rows_of(out)} == {"dense"}
+
+
 def test_simulate_never_loads_torch() -> None:
     code = (
         "import sys; from sparseloom.cli import boundary; "
@@ -214,6 +235,12 @@ BAD = {
          "--timeline", "a.json"],
         "--timeline shows one run, got 2",
     ),
+    "all with settings": (["all", COLA, "--set", "lanes=2"], "--set has no place with all: all"),
+    "all with a machine": (["all", COLA, "--machine", "v100"], "--machine has no place with all"),
+    "all with a timeline": (["all", COLA, "--timeline", "a.json"], "a timeline shows one machine"),
+    "all of a model": (["all", COLA, "--scope", "model"], "not every accelerator runs more"),
+    "less than equal": (["all", COLA, "--within", "-1"], "--within must be at least 0, got -1"),
+    "within of one": (["dota_asplos_2022", COLA, "--within", "1"], "--within says which"),
     "second machine unknown": (
         ["dota_asplos_2022", COLA, "--machine", "tpu", "--html", "a.html"],
         "unknown machine 'tpu'",

@@ -14,6 +14,7 @@ from sparseloom.hardware.devices import Device, this_machine_file
 from sparseloom.trace import ModelShape, Operator, Trace, Workload, transformer_operators
 
 NAMES = ("titan_xp", "xeon_e5_2640v4", "jetson_nano", "raspberry_pi_4")
+GPUS = ("v100", "v100_fused")
 SHAPE = ModelShape(
     layers=2, hidden_size=128, heads=2, kv_heads=2, head_dim=64, intermediate_size=512
 )
@@ -52,6 +53,56 @@ def test_attention_by_hand() -> None:
     assert 1 - cost.products / cost.seconds == pytest.approx(0.73)
 
 
+SIZES = {"heads": 4, "kv_heads": 4, "q_len": 2000, "kv_len": 2000, "head_dim": 64, "value_dim": 64}
+
+
+def test_attention_of_a_v100_by_hand() -> None:
+    """Unfused: two products of 2·n²·h·d operations and three kernels that read and write n²·h
+    scores. Fused: the same operations in one kernel, queries, keys, values and outputs moved."""
+    operator = Operator(kind="attention", role="attention", **SIZES)
+    scores = 4 * 2000 * 2000
+    work = 2 * scores * 64
+    reach, stream, start = 15.7e12 * 0.5, 900e9 * 0.75, 5e-6
+    unfused, fused = (hardware.load(name) for name in GPUS)
+    assert isinstance(unfused, Device)
+    assert isinstance(fused, Device)
+    found = unfused.cost(operator)
+    assert found.products == pytest.approx(2 * (work / reach + start))
+    between = 3 * (2 * scores * 4 / stream + start)
+    assert found.seconds == pytest.approx(found.products + between)
+    one = 4 * (4 * 2000 * 64) * 4
+    assert found.moved == pytest.approx(one + 8 * scores * 4)
+    found = fused.cost(operator)
+    assert found.seconds == pytest.approx(2 * work / reach + start)
+    assert (found.flops, found.moved) == (2 * work, one)
+    # Narrow heads are bound by the traffic of the scores, and fusing spares just that.
+    narrow = operator.model_copy(update={"head_dim": 8, "value_dim": 8})
+    assert unfused.cost(narrow).seconds > 5 * fused.cost(narrow).seconds
+
+
+def test_the_dense_bound_keeps_its_multipliers_busy() -> None:
+    device = hardware.load("dense_ideal")
+    assert isinstance(device, Device)
+    operator = Operator(kind="attention", role="attention", **SIZES)
+    assert device.cost(operator).seconds == pytest.approx(2 * 4 * 2000**2 * 64 / 128 / 1e9)
+    assert device.simulate(TRACE).energy == {}
+    # Half of the pairs of a causal call are forbidden, and a bound does not compute them.
+    shape = SHAPE.model_copy(update={"is_causal": True})
+    causal = Trace(Workload(shape, transformer_operators(shape, q_len=64), name="c"))
+    cycles = [
+        hardware.load("dense_ideal").simulate(trace).components["attention"]
+        for trace in (TRACE, causal)
+    ]
+    assert cycles[1] / cycles[0] == pytest.approx(65 / 128)
+    every = [hardware.load("v100").simulate(trace).cycles for trace in (TRACE, causal)]
+    assert every[0] == every[1]
+
+
+def test_scores_have_one_account() -> None:
+    with pytest.raises(hardware.MachineError, match=r"matmul_share must be 1.*got 0\.5"):
+        hardware.load("v100", **{"attention.matmul_share": 0.5})
+
+
 @pytest.mark.parametrize(
     ("name", "attention_ms", "linear_ms"),
     [
@@ -72,27 +123,29 @@ def test_fitted_times(name: str, attention_ms: float, linear_ms: float | None) -
 
 
 def test_every_number_says_where_it_comes_from() -> None:
-    for name in (*NAMES, "this"):
+    for name in (*NAMES, *GPUS, "dense_ideal", "this"):
         device = hardware.load(name)
         assert isinstance(device, Device)
         s = device.settings
         keys = {
             f"{part}.{key}"
-            for part in ("processor", "gemm", "attention")
+            for part in ("processor", "gemm", "attention", "scores")
+            if getattr(s, part) is not None
             for key in type(getattr(s, part)).model_fields
         }
         assert set(s.basis) == keys - {"processor.bits"}
 
 
 def test_a_trace_runs_in_order_and_energy_is_power_times_time() -> None:
-    for name in NAMES:
+    for name in (*NAMES, *GPUS):
         report = hardware.load(name).simulate(TRACE)
         assert len(report.stages) == len(TRACE.workload.operators)
         assert sum(report.components.values()) == pytest.approx(
             report.seconds * report.clock_ghz * 1e9, rel=1e-3
         )
         watts = hardware.load(name).power()["processor"]
-        assert report.total_energy == pytest.approx(watts * report.seconds)
+        # Cycles are rounded up, and these are few.
+        assert report.total_energy == pytest.approx(watts * report.seconds, rel=1e-4)
         assert 0 < report.utilisation["arithmetic"] < 1
         assert report.scope == "model"
 

@@ -18,12 +18,21 @@ from sparseloom.cli.output import (
     progress_console,
     value,
 )
+from sparseloom.cli.simulate_all import simulate_all
 
 if TYPE_CHECKING:
     from sparseloom.hardware import Machine, Report
     from sparseloom.trace import Trace
 
+ALL = "all"
 LIST = "benchmark:list"
+_WHY_NOT = {
+    "--machine": "its machines are those of one comparison",
+    "--set": "all machines get one size",
+    "--timeline": "a timeline shows one machine",
+    "--window": "a window is of one machine",
+    "--scope": "not every accelerator runs more than attention",
+}
 FIRST_CYCLES = (0, 20_000)
 """What a timeline shows of a cycle-by-cycle run unless told otherwise."""
 
@@ -39,7 +48,11 @@ class Run(NamedTuple):
 
 def simulate(
     machine: Annotated[
-        str, typer.Argument(help="As spatten_hpca_2021 (`info` lists them), or a machine file.")
+        str,
+        typer.Argument(
+            help="As spatten_hpca_2021 (`info` lists them), a machine file, or `all`: every "
+            "accelerator at one size, beside its published configuration."
+        ),
     ],
     traces: Annotated[
         list[str],
@@ -84,6 +97,12 @@ def simulate(
             help="Cycles of which timelines show every unit; default: 0:20000.",
         ),
     ] = None,
+    within: Annotated[
+        float | None,
+        typer.Option(
+            "--within", help="With `all`: accuracies so close count as equal; default: 0."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Also write the results to this file.")
     ] = None,
@@ -97,6 +116,30 @@ def simulate(
     if LIST in traces:
         _list_benchmarks(as_json=as_json)
         return
+    if machine == ALL:
+        given = {
+            "--machine": others,
+            "--set": set_,
+            "--timeline": timeline,
+            "--window": window,
+            "--scope": None if scope == "attention" else scope,
+        }
+        for option, found in given.items():
+            if found:
+                raise ValueError(f"{option} has no place with all: {_WHY_NOT[option]}")
+        simulate_all(
+            traces,
+            selections=selection,
+            fidelity=fidelity,
+            seed=seed,
+            within=within or 0.0,
+            html=html,
+            out=out,
+            as_json=as_json,
+        )
+        return
+    if within is not None:
+        raise ValueError("--within says which accuracies are equal among all: simulate all")
     cycles = _window(window)
     if window is not None and timeline is None and html is None:
         raise ValueError("--window says what --timeline and --html show: name one of them")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,9 +29,13 @@ from sparseloom.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from sparseloom.methods import Method
     from sparseloom.models import LoadedModel
+    from sparseloom.tasks import Task
+    from sparseloom.trace import Trace
 
 DEFAULT_METHODS = ("oracle:sparsity=0.9",)
+_QUALITY = ("metric", "value", "dense_value", "items")
 
 
 def trace(
@@ -51,6 +56,15 @@ def trace(
     tensors: Annotated[
         bool, typer.Option("--tensors", help="Also store queries, keys and values.")
     ] = False,
+    score: Annotated[
+        int | None,
+        typer.Option(
+            "--score",
+            min=1,
+            help="Also score dense and each method on so many items of --task, so that "
+            "`simulate all` shows accuracy beside cycles.",
+        ),
+    ] = None,
     csv: Annotated[
         Path | None,
         typer.Option("--csv", help="Also write generation as a CSV file of SpAtten's authors."),
@@ -84,13 +98,19 @@ def trace(
             "--csv needs one --method and --new-tokens: a file has one selection of generation, "
             f"got {len(methods)} and {new_tokens}"
         )
+    if score is not None and text is not None:
+        raise ValueError("--score takes the items of --task, and --text has none: leave one out")
     if csv is not None and csv.exists() and not overwrite:
         raise FileExistsError(f"--csv {csv} exists: choose another file or pass --overwrite")
-    loaded = load_model(model)
-    scorer = None
-    if any(isinstance(chosen, Calibrated) and chosen.needs_calibration for chosen in methods):
+    scorer: Task | None = None
+    calibrates = any(isinstance(one, Calibrated) and one.needs_calibration for one in methods)
+    if score is not None or calibrates:
         scorer = get_task(task)
         scorer.load(data)
+    if scorer is None or score is None:
+        loaded = load_model(model)
+    else:
+        loaded = load_model(model, head=scorer.head, classes=scorer.classes)
     methods = [with_predictor(chosen, loaded, scorer, seed=seed) for chosen in methods]
     inputs = _inputs(loaded, task=task, data=data, text=text, length=length)
     recorded: Trace | None = None
@@ -105,6 +125,9 @@ def trace(
                 recorded.workload, {**recorded.selections, **one.selections}, recorded.tensors
             )
     assert recorded is not None
+    if scorer is not None and score is not None:
+        with console.status("scoring"):
+            recorded = _scored(recorded, loaded, methods, scorer, score)
     recorded.save(out, overwrite=overwrite)
     if csv is not None:
         recorded.to_spatten_csv(csv)
@@ -124,12 +147,15 @@ def trace(
                 "operators": len(recorded.workload.operators),
                 "attention_calls": len(recorded.workload.attention()),
                 **shares(recorded.workload, recorded.selection(name)),
+                **_quality(recorded, name),
                 "seed": seed,
             }
         )
     columns: list[Column] = [
         ("selection", value("selection")),
         ("density", percent("density")),
+        (scorer.metric if scorer else "value", number("value", 4)),
+        ("dense", number("dense_value", 4)),
         ("tokens alive", percent("tokens_alive")),
         ("heads alive", percent("heads_alive")),
         ("values read", percent("values_read")),
@@ -144,6 +170,32 @@ def trace(
         columns=columns,
         notes=["", f"{out}  cost it with: sparseloom simulate dota_asplos_2022 {out}"],
     )
+
+
+def _scored(
+    recorded: Trace, loaded: LoadedModel, methods: list[Method], scorer: Task, items: int
+) -> Trace:
+    """The trace with the quality of each selection, measured on the same items as dense."""
+    from sparseloom.integrations import sparsify
+
+    dense = scorer.score(loaded, limit=items)
+    selections = dict(recorded.selections)
+    for name, method in zip(recorded.selections, methods, strict=True):
+        with sparsify(loaded.model, method, when="always"):
+            found = scorer.score(loaded, limit=items)
+        quality = {
+            "metric": scorer.metric,
+            "value": float(found.value),
+            "dense_value": float(dense.value),
+            "items": found.items,
+        }
+        selections[name] = replace(selections[name], quality=quality)
+    return replace(recorded, selections=selections)
+
+
+def _quality(recorded: Trace, name: str) -> dict[str, Any]:
+    quality = recorded.selections[name].quality
+    return {key: quality[key] for key in _QUALITY if key in quality}
 
 
 def _inputs(

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, cast
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sparseloom.hardware.attention_core import number
 from sparseloom.hardware.config import MachineError, Section, checked, read_yaml
@@ -41,6 +41,21 @@ class Attention(Kernel):
     matmul_share: float = Field(gt=0, le=1)
 
 
+class Scores(Section):
+    """What happens to the scores between the two products, where it is modelled and no share.
+
+    Args:
+        passes: how often they are read or written whole besides the products' own traffic: 2 for
+            each of scaling, masking and softmax where each is a kernel of its own.
+        fused: one kernel does it all and scores never reach memory; `passes` has no part then.
+        pairs: those computed: "all", or "allowed", without what causality and padding forbid.
+    """
+
+    passes: int = Field(ge=0)
+    fused: bool
+    pairs: Literal["all", "allowed"]
+
+
 class Measured(Section):
     """What `python -m sparseloom.experiments.this_machine` writes."""
 
@@ -60,8 +75,18 @@ class DeviceConfig(MachineConfig):
     processor: Processor
     gemm: Kernel
     attention: Attention
+    scores: Scores | None = None
     basis: dict[str, Basis]
     measured: bool = False
+
+    @model_validator(mode="after")
+    def _one_account_of_the_scores(self) -> DeviceConfig:
+        if self.scores is not None and self.attention.matmul_share < 1:
+            raise ValueError(
+                "attention.matmul_share must be 1 where scores says what happens between the "
+                f"products, got {self.attention.matmul_share}"
+            )
+        return self
 
 
 class Cost(NamedTuple):
@@ -88,8 +113,9 @@ class Device(Machine):
     """A CPU or a GPU that runs every operator of a trace dense, one after another.
 
     An operator takes max(FLOP / reached peak, bytes / reached bandwidth) and its overhead.  The
-    two products of attention are such operators; softmax and the moving of data between them are
-    charged as the rest of attention's time, its products being `matmul_share` of it.
+    two products of attention are such operators. What lies between them is charged as the rest of
+    attention's time, its products being `matmul_share` of it; or, where the file has `scores`, as
+    so many passes over the scores in memory, or as one fused kernel.
     """
 
     fidelities: ClassVar[tuple[Fidelity, ...]] = ("analytic",)
@@ -123,8 +149,13 @@ class Device(Machine):
         peak, bandwidth = processor.peak_gflops, processor.memory_gbytes_per_second
         return None if peak is None or bandwidth is None else Roof(1e9 * peak, 1e9 * bandwidth)
 
-    def cost(self, operator: Operator) -> Cost:
+    def cost(self, operator: Operator, allowed: int | None = None) -> Cost:
         """What one operator takes, all its sequences together.
+
+        Args:
+            operator: of a workload.
+            allowed: pairs of an attention call that causality and padding allow, over sequences
+                and heads; None: all. Devices that compute every pair have no use for it.
 
         Raises:
             MachineError: the peaks of this machine are not known.
@@ -132,17 +163,7 @@ class Device(Machine):
         s = self.settings
         width = s.processor.bits / 8
         if operator.is_attention:
-            op = operator
-            pairs = op.batch * op.heads * op.q_len * op.kv_len
-            products = flops = moved = 0.0
-            for dim in (op.head_dim, op.value_dim):
-                work = 2.0 * pairs * dim
-                keys = op.batch * op.kv_heads * op.kv_len * dim
-                queries = op.batch * op.heads * op.q_len * dim
-                size = (keys + queries + pairs) * width
-                products += self._seconds(s.attention, work, size)
-                flops, moved = flops + work, moved + size
-            return Cost("attention", products / s.attention.matmul_share, products, flops, moved)
+            return self._attention(operator, allowed)
         if operator.kind == "gemm":
             flops = 2.0 * operator.macs
             tokens = operator.batch * operator.rows
@@ -153,6 +174,35 @@ class Device(Machine):
         moved = 2.0 * operator.elements * width
         kernel = s.gemm.model_copy(update={"overhead_us": 0.0})
         return Cost("elementwise", self._seconds(kernel, 0.0, moved), 0.0, 0.0, moved)
+
+    def _attention(self, op: Operator, allowed: int | None) -> Cost:
+        s = self.settings
+        width = s.processor.bits / 8
+        pairs = op.batch * op.heads * op.q_len * op.kv_len
+        if allowed is not None and s.scores is not None and s.scores.pairs == "allowed":
+            pairs = allowed
+        fused = s.scores is not None and s.scores.fused
+        works: list[float] = []
+        sizes: list[float] = []
+        for dim in (op.head_dim, op.value_dim):
+            keys = op.batch * op.kv_heads * op.kv_len * dim
+            queries = op.batch * op.heads * op.q_len * dim
+            works.append(2.0 * pairs * dim)
+            sizes.append((keys + queries + (0 if fused else pairs)) * width)
+        flops, moved = sum(works), sum(sizes)
+        if fused:
+            seconds = self._seconds(s.attention, flops, moved)
+            return Cost("attention", seconds, seconds, flops, moved)
+        products = sum(
+            self._seconds(s.attention, work, size) for work, size in zip(works, sizes, strict=True)
+        )
+        if s.scores is None:
+            return Cost("attention", products / s.attention.matmul_share, products, flops, moved)
+        # A kernel reads the scores and writes them.
+        one = self._seconds(s.attention, 0.0, 2.0 * pairs * width)
+        between = one * s.scores.passes / 2
+        moved += s.scores.passes * pairs * width
+        return Cost("attention", products + between, products, flops, moved)
 
     def _seconds(self, kernel: Kernel, flops: float, moved: float) -> float:
         processor = self.settings.processor
@@ -172,7 +222,10 @@ class Device(Machine):
         moved = products = flops = 0.0
         hertz = s.clock_ghz * 1e9
         for operator in workload.operators:
-            cost = self.cost(operator)
+            allowed = None
+            if operator.is_attention:
+                allowed = int(workload.allowed_pairs(operator).sum())
+            cost = self.cost(operator, allowed)
             moved, products, flops = (
                 moved + cost.moved,
                 products + cost.products,
@@ -233,6 +286,15 @@ class Device(Machine):
                 f"the two products are {s.attention.matmul_share:.0%} of attention's time at every "
                 "length, as published for GPT-2 on a TITAN Xp; bytes count the products alone"
             )
+        if s.scores is not None:
+            found.append(
+                "attention is one fused kernel: scores never reach memory"
+                if s.scores.fused
+                else f"attention is unfused: beside the two products {s.scores.passes} passes over "
+                "the scores in memory"
+            )
+            if s.scores.pairs == "allowed":
+                found.append("pairs that causality or padding forbids cost nothing")
         for basis, text in (
             ("calibrated", "fitted to one published time each"),
             ("vendor_unverified", "vendor data that we could not check"),
