@@ -34,9 +34,9 @@ class IssueQueue(Section):
     steps_per_cycle: int = Field(default=4, ge=1)
     """Scans of the buffers, one step each, per cycle."""
     drained_per_cycle: int = Field(default=2, ge=1)
-    """Steps that the array takes per cycle: PEs of a query over head_dim (2 for 128 and 64)."""
+    """Steps that the array takes together: the numerator of `rmmu.step_rate`."""
     cycles_per_step: int = Field(default=1, ge=1)
-    """Or, where a step takes several cycles, how many; `drained_per_cycle` is 1 then."""
+    """Cycles for which it is then busy with them: the denominator."""
 
 
 class IssueTiming(NamedTuple):
@@ -66,7 +66,7 @@ def issue_timing(
         queue: rates and room.
 
     Raises:
-        MachineError: arrays that differ in length, negative counts, both drain rates above 1.
+        MachineError: arrays that differ in length, or negative counts.
     """
     if steps.shape != pushes.shape:
         raise MachineError(
@@ -74,11 +74,6 @@ def issue_timing(
         )
     if steps.size and min(int(steps.min()), int(pushes.min())) < 0:
         raise MachineError("steps and pushes must be at least 0")
-    if queue.drained_per_cycle > 1 and queue.cycles_per_step > 1:
-        raise MachineError(
-            "drained_per_cycle must be 1 where cycles_per_step is above 1, "
-            f"got {queue.drained_per_cycle} and {queue.cycles_per_step}"
-        )
     found = np.zeros((3, steps.size), np.int64)
     _flow(
         steps,
