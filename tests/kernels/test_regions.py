@@ -17,8 +17,12 @@ from torch import Tensor
 from sparseloom import regions as rg
 from sparseloom.kernels.api import AttentionOutput
 from sparseloom.kernels.regions import plan_regions, region_attention, tile_mask, valid_keys
+from sparseloom.kernels.regions_integer import integer_region_attention
 from sparseloom.kernels.regions_reference import reference_attention
+from sparseloom.quantize import quantize
+from sparseloom.region_model import integer_attention
 from sparseloom.regions import HeadRegions, Mode, Region, band, dilated, rows, stripe
+from sparseloom.softermax import SoftermaxFormat
 
 Three: TypeAlias = tuple[Tensor, Tensor, Tensor]
 _few = settings(max_examples=15, deadline=None, derandomize=True)
@@ -409,3 +413,36 @@ def test_regions_that_are_causal_one_by_one_are_causal_all_at_once() -> None:
         x[:, :, 100:] = 7.0
     later, _ = run_both(changed, heads, is_causal=True)
     assert torch.equal(later.out[:, :, :100], at_once.out[:, :, :100])
+
+
+def test_integers_are_those_of_the_model_and_pass_gradients_on() -> None:
+    heads = (
+        (band(-32, 80), stripe(0, 96, mode=Mode.COARSE, segment=4)),
+        (stripe(0, 32), band(0, 16), stripe(64, 32, mode=Mode.LOW_PRECISION)),
+    )
+    query, key, value = draw_inputs(70, 100, heads=4, dtype=torch.float32, grad=True)
+    key, value = key[:, :2], value[:, :2]
+    lengths, form = [100, 61], SoftermaxFormat(output_fraction=11)
+    found = integer_region_attention(
+        query, key, value, heads, n_valid=lengths, enable_gqa=True, form=form
+    )
+    for b, h in ((0, 1), (1, 2)):
+        there = [x[b, g][:n] for x, g, n in (
+            (query, h, 70), (key, h // 2, lengths[b]), (value, h // 2, lengths[b]),
+        )]  # fmt: skip
+        codes = [quantize(x.detach(), 8, granularity="matrix") for x in there]
+        q, k, v = (x.codes.long().numpy() for x in codes)
+        k, v = (np.pad(x, ((0, 100 - lengths[b]), (0, 0))) for x in (k, v))
+        steps = [float(x.scale) for x in codes]
+        factor = steps[0] * steps[1] * 8**-0.5
+        sums = integer_attention(q, k, v, heads[h // 2], factor, n_valid=lengths[b], form=form)
+        expected = torch.from_numpy(sums) * (steps[2] / 2**11)
+        torch.testing.assert_close(found[b, h].detach(), expected.float(), rtol=1e-6, atol=0)
+    padding = valid_keys(lengths, 100)
+    exact = reference_attention(query, key, value, heads, key_padding=padding, enable_gqa=True)
+    assert isinstance(exact, Tensor)
+    torch.testing.assert_close(found, exact, rtol=0, atol=0.15)
+    grads = [torch.autograd.grad(x.square().sum(), query)[0] for x in (found, exact)]
+    assert float(grads[0].norm()) == pytest.approx(float(grads[1].norm()), rel=0.1)
+    with pytest.raises(ValueError, match="n_valid must have 2 entries, got 1"):
+        integer_region_attention(query, key, value, heads, n_valid=[3], enable_gqa=True)

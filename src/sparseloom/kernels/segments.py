@@ -8,9 +8,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from sparseloom.quantize import quantize
-
-LOW_CODE = 7
-"""Largest 4-bit code of a LOW_PRECISION region, as symmetric as all codes here."""
+from sparseloom.region_model import LOW_CODE
 
 
 def segment_sizes(
