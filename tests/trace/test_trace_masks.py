@@ -52,6 +52,12 @@ def test_pairs_and_loads_are_counted_right(
         keep[:, :, i : i + group].any(axis=2).sum(axis=2) for i in range(0, mask.q_len, group)
     )
     assert np.array_equal(mask.distinct_keys(group, padding), loads)
+    for b, h in np.ndindex(mask.batch, mask.heads):
+        offsets, keys = mask.query_keys(b, h, None if padding is None else padding[b])
+        assert offsets.shape == (mask.q_len + 1,)
+        for i in range(mask.q_len):
+            row = keys[offsets[i] : offsets[i + 1]]
+            assert np.array_equal(row, np.flatnonzero(keep[b, h, i]))
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.booleans(), st.integers(1, 5))

@@ -160,6 +160,41 @@ class MaskArrays:
                 found[b, h] += np.count_nonzero(needed)
         return found
 
+    def query_keys(
+        self, b: int, h: int, valid: Bool[np.ndarray, "kv_len"] | None = None
+    ) -> tuple[Int64[np.ndarray, "q_len_and_one"], Int32[np.ndarray, "_"]]:
+        """The keys that each query of one head keeps, causality applied.
+
+        Args:
+            b, h: sequence and head of the mask.
+            valid: True where padding leaves a key; None leaves all.
+
+        Returns:
+            `(offsets, keys)`: query i keeps `keys[offsets[i] : offsets[i + 1]]`, ascending. The
+            offsets need not begin at 0.
+        """
+        rows, width = self.block_size
+        offsets = self.offsets[b, h]
+        if (rows, width) == (1, 1) and not self.is_causal and valid is None:
+            return offsets, self.indices
+        # Every query of a block has the block's list, and every entry of it `width` keys.
+        block = np.arange(self.q_len) // rows
+        lengths = np.diff(offsets)[block]
+        entry = np.arange(lengths.sum()) + np.repeat(
+            offsets[block] - np.cumsum(lengths) + lengths, lengths
+        )
+        first = self.indices[entry].astype(np.int64) * width
+        keys = (first[:, None] + np.arange(width)).reshape(-1)
+        query = np.repeat(np.arange(self.q_len), lengths * width)
+        ends = _visible_ends(self.q_len, self.kv_len, self.is_causal)
+        seen = keys < ends[query]
+        if valid is not None:
+            seen[seen] = valid[keys[seen]]
+        counts = np.bincount(query[seen], minlength=self.q_len)
+        found = np.zeros(self.q_len + 1, np.int64)
+        np.cumsum(counts, out=found[1:])
+        return found, keys[seen].astype(np.int32)
+
     def to_bool(self) -> Bool[np.ndarray, "batch heads q_len kv_len"]:
         """Every kept pair as True, causality and padding not applied."""
         keep = np.zeros((self.batch, self.heads, self.q_len, self.kv_len), np.bool_)
