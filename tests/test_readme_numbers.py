@@ -97,6 +97,8 @@ def test_what_the_sentiment_study_was_made_for_holds() -> None:
     assert main[1]["loss_upper95"] <= 0.01
     assert main[2]["loss"] - main[0]["loss"] <= 0.003
     assert rows["random 90 %"]["loss_interval95"][0] > 0.03
+    assert rows["window 99 %"]["loss"] - rows["dynamic 99 %"]["loss"] > 0.1
+    assert rows["dynamic 90 %, INT2"]["loss"] > main[0]["loss"]
 
 
 def test_the_paragraph_below_the_table_is_in_the_results() -> None:
