@@ -40,6 +40,7 @@ __all__ = [
 _KINDS = {
     "dota": ("sparseloom.hardware.dota", "Dota"),
     "a3": ("sparseloom.hardware.a3", "A3"),
+    "elsa": ("sparseloom.hardware.elsa", "Elsa"),
     "mnnfast": ("sparseloom.hardware.mnnfast", "MnnFast"),
     "spatten": ("sparseloom.hardware.spatten", "SpAtten"),
     "device": ("sparseloom.hardware.devices", "Device"),

@@ -42,6 +42,15 @@ class EnergySource(Section):
     sram_cell: Literal["lstp", "lop", "hp"]
 
 
+class Priced(NamedTuple):
+    """Energy that a machine has worked out by itself: joules by component, the tables behind them,
+    and what they rest on, as a sentence."""
+
+    joules: Mapping[str, float]
+    table: str
+    assumption: str
+
+
 class Sampled(NamedTuple):
     """Values of a call: query (batch, heads, q_len, head_dim), key and value (batch, kv_heads,
     kv_len, ·)."""
@@ -149,11 +158,11 @@ def core_report(
     tally: Tally,
     *,
     memory: FlatMemory,
-    energy: EnergySource,
-    blocks: Sequence[Block],
+    energy: EnergySource | Priced,
+    blocks: Sequence[Block] = (),
     assumptions: Sequence[str],
 ) -> Report:
-    """The report of a machine that runs attention alone."""
+    """The report of a machine that runs attention alone; `blocks` are for counted actions."""
     clock = machine.config.clock_ghz
     # One sequence at a time: a stable sort keeps the calls of each in order.
     stages = sorted(tally.stages, key=lambda stage: stage.sequence)
@@ -166,7 +175,10 @@ def core_report(
     if any(op.kv_heads != op.heads for op in trace.workload.attention()):
         found.append("query heads that share keys and values load them separately")
     table = machine.table.name
-    if energy.source == "actions":
+    if isinstance(energy, Priced):
+        joules, table = dict(energy.joules), energy.table
+        found.append(energy.assumption)
+    elif energy.source == "actions":
         model = EnergyModel(
             logic=energy.logic,
             memory=energy.memory,
