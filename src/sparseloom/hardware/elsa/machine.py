@@ -81,9 +81,10 @@ class Elsa(Machine):
         return blocks(self.settings, self.settings.memory.keys)
 
     def roof(self) -> Roof:
-        """The attention modules' and dividers' multipliers busy, and the bandwidth outside."""
+        """The attention modules' multipliers busy, and the bandwidth outside."""
         s = self.settings
-        return Roof(2e9 * s.multipliers * s.clock_ghz * s.units, 1e9 * s.dram.gbytes_per_second)
+        multipliers = 2 * s.attention.dim * s.selection.banks * s.units
+        return Roof(2e9 * multipliers * s.clock_ghz, 1e9 * s.dram.gbytes_per_second)
 
     def _simulate(self, trace: Trace, selection: Selection, options: Options) -> Report:
         s, tally = self.settings, Tally()
