@@ -181,6 +181,8 @@ def test_scores_and_values_per_cycle() -> None:
     assert step_rate(RMMU, 64, rows=27) == Fraction(6, 4), "three of 27 rows idle"
     assert step_rate(RMMU, 64, parallel_queries=1) == 8
     assert attention_cycles(RMMU, 100, 64) == 50
+    assert attention_cycles(RMMU, 100, 64, alone=True) == 50 + 48
+    assert attention_cycles(RMMU, 0, 64, alone=True) == 0
     assert attention_cycles(RMMU, 100, 64, rows=27) == 67
     assert attention_cycles(RMMU, 3, 256) == 6
     with pytest.raises(MachineError, match=r"rows must be in \[4, 32\] for 4 parallel.*got 3"):

@@ -232,10 +232,16 @@ def attention_cycles(
     *,
     parallel_queries: int = 4,
     rows: int | None = None,
+    alone: bool = False,
 ) -> int:
-    """Cycles of so many steps of Q·Kᵀ or of P·V, without fill."""
+    """Cycles of so many steps of Q·Kᵀ or of P·V.
+
+    One product follows the other without a gap, so fill and drain are hidden; a product `alone`,
+    as the first one of a call, shows them.
+    """
     rate = step_rate(config, head_dim, parallel_queries=parallel_queries, rows=rows)
-    return -(-steps * rate.denominator // rate.numerator)
+    cycles = -(-steps * rate.denominator // rate.numerator)
+    return cycles + config.overhead_cycles if alone and steps else cycles
 
 
 def score_cycles(
