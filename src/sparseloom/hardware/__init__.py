@@ -43,6 +43,7 @@ _KINDS = {
     "elsa": ("sparseloom.hardware.elsa", "Elsa"),
     "mnnfast": ("sparseloom.hardware.mnnfast", "MnnFast"),
     "spatten": ("sparseloom.hardware.spatten", "SpAtten"),
+    "static_dense": ("sparseloom.hardware.static_dense", "StaticDense"),
     "device": ("sparseloom.hardware.devices", "Device"),
 }
 _registered: dict[str, type[Machine]] = {}

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, cast
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int64, UInt64
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sparseloom.regions import decode_heads
 from sparseloom.trace.errors import TraceError
 from sparseloom.trace.masks import MaskArrays, allowed_pairs
 
@@ -195,6 +196,8 @@ class AttentionCall:
         token_keep: tokens kept from the end of this call on; None = no selection happens here.
         accumulates_importance, rescales_importance: whether the call adds to the token scores,
             and whether it rescales the earlier ones.
+        regions: static regions of the heads, as `sparseloom.regions.encode_heads` writes them.
+            `mask` holds the tiles that they own; coarse regions say more than a mask can.
     """
 
     mask: MaskArrays | None = None
@@ -213,6 +216,7 @@ class AttentionCall:
     token_keep: int | None = None
     accumulates_importance: bool = False
     rescales_importance: bool = False
+    regions: UInt64[np.ndarray, " words"] | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AttentionCall) and _same(self, other)
@@ -302,10 +306,23 @@ class AttentionCall:
             array = getattr(self, name)
             if array is not None and array.shape != shape:
                 raise TraceError(f"{name} must be {shape}, got {array.shape}")
+        if self.regions is not None:
+            self._check_regions(operator)
         for name in ("key_counts", "value_counts"):
             counts = getattr(self, name)
             if counts is not None and not ((counts >= 0) & (counts <= operator.kv_len)).all():
                 raise TraceError(f"{name} must be in [0, {operator.kv_len}]")
+
+    def _check_regions(self, operator: Operator) -> None:
+        assert self.regions is not None
+        if self.mask is None:
+            raise TraceError("regions need the mask that they compile to beside them, got none")
+        try:
+            heads = len(decode_heads(self.regions))
+        except ValueError as error:
+            raise TraceError(f"regions: {error}") from None
+        if heads == 0 or operator.heads % heads:
+            raise TraceError(f"regions must divide {operator.heads} heads evenly, got {heads}")
 
 
 @dataclass(frozen=True, eq=False)

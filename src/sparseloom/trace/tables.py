@@ -44,6 +44,7 @@ _ARRAYS: dict[str, tuple[type[np.generic], int]] = {
     "lsb_refetch": (np.bool_, 3),
     "tokens_alive": (np.bool_, 2),
     "heads_alive": (np.bool_, 1),
+    "regions": (np.uint64, 1),
 }
 CALLS = pa.schema(
     [
