@@ -56,14 +56,14 @@ class Rates:
     def drain(self) -> int:
         """Cycles of a pass that no tile of work accounts for: 24 at 64 dimensions.
 
-        The softmax unit ends its last tile behind the array, its pipelines take `latency` and four
+        The softmax unit ends its last tile behind the array, its pipelines take `latency` and three
         cycles of hand-over, and the first tile of PV starts as it is normalised. For narrow heads,
         where a tile of PV is a tile of normalising, that first one is hidden: a negative term.
         """
         scores, normal = TILE_QUERIES * self.score_row, TILE_QUERIES * self.normal_row
         key, value = self.key_blocks * self.block, self.value_blocks * self.block
         behind = max(0, scores - self.block) if key >= scores else 0
-        return behind + self.latency + 4 + value - self.block - max(value, normal)
+        return behind + self.latency + 3 + value - self.block - max(value, normal)
 
 
 def rates(config: StaticDenseConfig, size: HeadSize, *, sequenced: bool) -> Rates:

@@ -45,7 +45,7 @@ def head_counts(config: StaticDenseConfig, runs: HeadRuns, work: Passes, size: H
     if runs.descriptors:
         found["sequencer_run"] = 2.0 * int(work.runs.sum())
     pooled = {kind.log2s for kind in runs.classes if kind.mode is Mode.COARSE}
-    for log2s in pooled:
+    for log2s in pooled if work.count else ():
         elements = size.kv_len * width
         add(found, {"pooling_element": elements})
         moved += elements / (1 << log2s)
@@ -55,6 +55,8 @@ def head_counts(config: StaticDenseConfig, runs: HeadRuns, work: Passes, size: H
 
 def operand_bytes(size: HeadSize, work: Passes) -> float:
     """Bytes of a head through the global buffer: K and V whole, queries and outputs per pass."""
+    if not work.count:
+        return 0.0
     keys = size.kv_len * (size.head_dim + size.value_dim)
     return float(keys + work.incoming(size).sum() + work.outgoing(size).sum())
 

@@ -61,7 +61,7 @@ _QUIET = 1_000_000  # cycles without the end of a pass after which something is 
 
 
 class Run(NamedTuple):
-    """cycles; log of all units; port_cycles: of the global buffer's port, those that moved bytes."""
+    """cycles; log of all units; port_cycles: in which the global buffer's port moved bytes."""
 
     cycles: int
     log: Log
@@ -109,9 +109,7 @@ def run(
     )
     final = np.zeros((pes, TILE_QUERIES), np.int64)
     did = np.zeros((1 + len(UNITS) * pes, 2), np.int64)
-    now = _loop(
-        sizes, passes, works, uses, fills, lists, starts, state, port, final, did, log
-    )
+    now = _loop(sizes, passes, works, uses, fills, lists, starts, state, port, final, did, log)
     if now < 0:
         raise RuntimeError(f"{config.name}: no pass ended in {_QUIET} cycles: units are stuck")
     return Run(int(now), log, int(port[MOVED]))
@@ -244,4 +242,5 @@ def _pass(lists: np.ndarray, starts: np.ndarray, s: np.ndarray, pe: int, column:
     """The pass that a unit of a PE is at; its last one when it is done."""
     if s[pe, COUNT] == 0:
         return 0
-    return lists[starts[pe] + min(s[pe, column], s[pe, COUNT] - 1)]
+    at: int = starts[pe] + min(s[pe, column], s[pe, COUNT] - 1)
+    return lists[at]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple, cast
 
 import numpy as np
@@ -22,6 +22,7 @@ from sparseloom.hardware.static_dense.runs import HeadRuns
 from sparseloom.hardware.static_dense.units import CAUSES
 from sparseloom.regions import TILE_KEYS, TILE_QUERIES
 from sparseloom.trace import AttentionCall, Operator, Selection, Trace, Workload
+from sparseloom.trace.kept_keys import with_keys
 
 _ROLES = {
     "core": (),
@@ -116,7 +117,11 @@ class StaticDense(Machine):
 
     def _simulate(self, trace: Trace, selection: Selection, options: Options) -> Report:
         s, workload = self.settings, trace.workload
-        tally, known = _Tally(), {}
+        tally, known = _Tally(), dict[object, _Head]()
+        counted = any(not call.knows_keys for call in selection.calls)
+        if counted and s.sequencer.present:
+            # The model is uniform: no key is likelier than another, which aligns badly with tiles.
+            selection = with_keys(trace, selection.name, seed=options.seed)
         sequences = max((op.batch for op in workload.operators), default=1)
         for sequence in range(sequences):
             calls = iter(selection.calls)
@@ -128,7 +133,11 @@ class StaticDense(Machine):
                     self._attention(workload, operator, call, sequence, options, tally, known)
                 elif operator.kind == "gemm" and operator.role in _ROLES[s.scope.work]:
                     self._product(operator, sequence, tally)
-        return self._report(trace, selection, options, tally)
+        found = self._report(trace, selection, options, tally)
+        if not counted or not s.sequencer.present:
+            return found
+        said = f"the trace counts kept keys without naming them: drawn evenly, seed {options.seed}"
+        return replace(found, seed=options.seed, assumptions=(*found.assumptions, said))
 
     def _attention(
         self,

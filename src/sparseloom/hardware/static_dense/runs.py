@@ -93,10 +93,10 @@ class HeadRuns:
     def map(self) -> Int16[np.ndarray, "query_tiles key_tiles"]:
         """The class of each tile, −1 where it is skipped."""
         found = np.full((self.query_tiles, self.key_tiles), -1, np.int16)
-        for t, begin, end, work in zip(
-            self.query_tile, self.begin, self.end, self.work, strict=True
-        ):
-            found[t, begin:end] = work
+        lengths = self.end - self.begin
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        tiles = np.repeat(self.begin, lengths) + within
+        found[np.repeat(self.query_tile, lengths), tiles] = np.repeat(self.work, lengths)
         return found
 
 

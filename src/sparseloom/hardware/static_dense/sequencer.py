@@ -8,11 +8,12 @@ compiler works on a whole grid at once, the sequencer on one query tile with wha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
 from sparseloom.hardware.static_dense.runs import HeadRuns, WorkClass, runs_of_map
-from sparseloom.regions import TILE_KEYS, TILE_QUERIES, UNIT, Mode, Region
+from sparseloom.regions import TILE_KEYS, TILE_QUERIES, UNIT, HeadRegions, Mode, Region
 
 
 def scan(
@@ -51,6 +52,12 @@ def sequence(regions: Sequence[Region], q_len: int, kv_len: int, n_valid: int) -
 
     Regions that compute alike share a bitmap, so that runs which touch are one.
     """
+    return _sequence(tuple(regions), q_len, kv_len, n_valid)
+
+
+# Heads repeat from sequence to sequence and from layer to layer.
+@lru_cache(maxsize=1024)
+def _sequence(regions: HeadRegions, q_len: int, kv_len: int, n_valid: int) -> HeadRuns:
     classes = tuple(dict.fromkeys(WorkClass.of(region) for region in regions))
     owner = np.full((-(-q_len // TILE_QUERIES), -(-kv_len // TILE_KEYS)), -1, np.int16)
     for t in range(owner.shape[0]):

@@ -66,7 +66,7 @@ def columns(config: StaticDenseConfig, runs: HeadRuns, size: HeadSize) -> Column
             rows = last - (first + found.begin) * TILE_QUERIES
             keys = TILE_KEYS * kind.eighths // 8 if kind.mode is Mode.STRIDED else TILE_KEYS
             parts.append(np.stack([base + found.query_tile, rows, np.full(rows.size, keys)]))
-            base += kept.shape[1]
+            base += -(-runs.key_tiles // pooled)
     whole = np.concatenate(parts, axis=1).astype(np.int64)
     return Columns(*whole)
 
