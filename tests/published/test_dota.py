@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseloom.experiments.reproduce import dota
+from sparseloom.experiments.reproduce import dota, dota_benchmarks
 from sparseloom.experiments.reproduce.rows import row
 from sparseloom.results import results
 
@@ -80,7 +80,7 @@ def test_rows_fit_the_results_schema() -> None:
 def test_even_masks_keep_their_share_to_the_pair(
     length: int, retention: float, causal: bool
 ) -> None:
-    mask = dota.even_mask(length, retention, is_causal=causal)
+    mask = dota_benchmarks.even_mask(length, retention, is_causal=causal)
     allowed = length * (length + 1) // 2 if causal else length * length
     kept = int(mask.kept_pairs().item())
     assert kept == mask.nnz

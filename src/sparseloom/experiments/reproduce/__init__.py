@@ -23,12 +23,13 @@ __all__ = ["PAPERS", "Request", "Study", "Table", "find_tables", "reproduce"]
 
 PAPERS = {
     "dsa_tc_2022": ("dynamic",),
-    "dota_asplos_2022": ("dota",),
+    "dota_asplos_2022": ("dota", "dota_speed", "dota_scheduler"),
     "spatten_hpca_2021": ("spatten_algorithm", "spatten_hw"),
 }
 """Paper → its modules here."""
 
 ALIASES = {
+    "dota": "dota_asplos_2022",
     "dynamic": "dsa_tc_2022",
     "liu_2022": "dsa_tc_2022",
     "spatten": "spatten_hpca_2021",

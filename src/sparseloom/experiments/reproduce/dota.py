@@ -7,56 +7,23 @@ that needs them is a scenario.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from statistics import fmean, geometric_mean
 
-import numpy as np
-
 from sparseloom import hardware
-from sparseloom.experiments.reproduce.rows import Row, row
-from sparseloom.trace import (
-    AttentionCall,
-    MaskArrays,
-    ModelShape,
-    PredictorShape,
-    Selection,
-    Trace,
-    Workload,
-    transformer_operators,
+from sparseloom.experiments.reproduce.dota_benchmarks import (
+    BENCHMARKS,
+    BITS,
+    SIGMA,
+    benchmark_trace,
 )
+from sparseloom.experiments.reproduce.rows import Row, row
 
 PAPER = "dota_asplos_2022"
-SIGMA, BITS = 0.25, 4
 _CASES = ("F", "C", "A")
 _RETENTION = "retention per benchmark is unpublished: our defaults"
 _SETTINGS = f"predictor with σ = {SIGMA} and {BITS} bits"
 
-
-@dataclass(frozen=True)
-class Benchmark:
-    """Sizes of one benchmark, and the shares of pairs that DOTA-C and DOTA-A keep."""
-
-    name: str
-    layers: int
-    heads: int
-    hidden: int
-    head_dim: int
-    ffn: int
-    length: int
-    conservative: float
-    aggressive: float
-    sequences: int = 1
-    is_causal: bool = False
-
-
-BENCHMARKS = (
-    Benchmark("SQuAD", 24, 16, 1024, 64, 4096, 384, 0.10, 0.05),
-    Benchmark("Image", 1, 8, 128, 8, 128, 1024, 0.05, 0.03),
-    Benchmark("Text", 4, 4, 256, 64, 1024, 2000, 0.05, 0.01),
-    Benchmark("Retrieval", 4, 4, 128, 32, 512, 4000, 0.05, 0.02, sequences=2),
-    Benchmark("LM", 12, 12, 768, 64, 3072, 1024, 0.10, 0.05, is_causal=True),
-)
 
 # Cycles per layer at ideal utilisation (linear, detection, attention, other, all) and
 # milliseconds of the model: the closed form worked by hand.
@@ -77,44 +44,6 @@ REFERENCE: dict[tuple[str, str], tuple[float, float, float, float, float, float]
     ("LM", "C"): (884_736, 15_360, 78_643, 2_654_208, 3_632_947, 43.6),
     ("LM", "A"): (884_736, 15_360, 39_322, 2_654_208, 3_593_626, 43.1),
 }
-
-
-def even_mask(length: int, retention: float, *, is_causal: bool = False) -> MaskArrays:
-    """A mask of evenly spaced keys that keeps this share of the allowed pairs, to the pair.
-
-    One head, shared by all. Rows differ by at most one key from the share of their own length.
-    """
-    allowed = np.arange(1, length + 1) if is_causal else np.full(length, length)
-    ends = np.floor(retention * np.cumsum(allowed) + 0.5).astype(np.int64)
-    counts = np.minimum(np.diff(ends, prepend=0), allowed)
-    rank = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    spacing = np.repeat(allowed, counts)
-    keys = (2 * rank + 1) * spacing // (2 * np.repeat(counts, counts))
-    offsets = np.concatenate([[0], np.cumsum(counts)]).reshape(1, 1, -1)
-    return MaskArrays(
-        keys.astype(np.int32), offsets.astype(np.int64), (1, 1), length, length, is_causal
-    )
-
-
-def benchmark_trace(benchmark: Benchmark) -> Trace:
-    """The benchmark with DOTA-F (everything), -C and -A as selections."""
-    shape = ModelShape(
-        layers=benchmark.layers,
-        hidden_size=benchmark.hidden,
-        heads=benchmark.heads,
-        kv_heads=benchmark.heads,
-        head_dim=benchmark.head_dim,
-        intermediate_size=benchmark.ffn,
-        is_causal=benchmark.is_causal,
-    )
-    operators = transformer_operators(shape, q_len=benchmark.length, batch=benchmark.sequences)
-    predictor = PredictorShape(head_dim=round(SIGMA * benchmark.head_dim), bits=BITS)
-    selections = {"F": Selection("F", (AttentionCall(),) * benchmark.layers)}
-    for name, retention in (("C", benchmark.conservative), ("A", benchmark.aggressive)):
-        mask = even_mask(benchmark.length, retention, is_causal=benchmark.is_causal)
-        calls = (AttentionCall(mask=mask, predictor=predictor),) * benchmark.layers
-        selections[name] = Selection(name, calls)
-    return Trace(Workload(shape, operators, name=benchmark.name), selections)
 
 
 @cache

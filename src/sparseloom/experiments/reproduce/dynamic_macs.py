@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-from sparseloom.experiments.reproduce.dota import even_mask
+from sparseloom.experiments.reproduce.dota_benchmarks import even_mask
 from sparseloom.experiments.reproduce.rows import Row, row
 from sparseloom.trace import AttentionCall, ModelShape, Operator, transformer_operators
 
