@@ -1,6 +1,6 @@
 """Masks of adapted models on DOTA: what its scheduler loads, and what the machine takes.
 
-    python -m sparseloom.experiments.dota_masks --task imdb-sentiment --name "Sentiment, MiniLM" \\
+    python -m sparseloom.experiments.dota_masks --name "Sentiment, MiniLM" --task imdb-sentiment
         out/sentiment/dynamic-90 out/sentiment/dynamic-95
 
 Each folder holds a model that was adapted to dynamic sparse attention (`sl.save`); a built-in model
@@ -213,7 +213,7 @@ def study(
             {
                 "record": "dota_masks",
                 "workload": name,
-                "task": task,
+                "task_name": task,
                 "sparsity": method.get("sparsity"),
                 "tokens": trace.workload.attention()[0].q_len,
                 "shape": model.model_dump(),

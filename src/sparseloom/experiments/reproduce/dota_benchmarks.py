@@ -168,7 +168,10 @@ def retention(rows: Sequence[Row], benchmark: Benchmark, case: str) -> Retention
     if benchmark.task and has_sweep(rows, benchmark.task):
         why = f"no retention that our sweep tried stays within {BOUNDS[case]:.1%}"
     return Retention(
-        share, None, f"{benchmark.name}: DOTA-{case} keeps {share:g}, our default: {why}"
+        share,
+        None,
+        f"{benchmark.name}: DOTA-{case} keeps {share:g}, our default, chosen with the published "
+        f"ratios in view: {why}",
     )
 
 

@@ -62,7 +62,7 @@ def _case(one: Row) -> str:
 
 
 def _masks(one: Row) -> str:
-    return f"masks recorded from one input of {one['tokens']} tokens of {one['task']}"
+    return f"masks recorded from one input of {one['tokens']} tokens of {one['task_name']}"
 
 
 TABLES: dict[str, Callable[..., list[Row]]] = {

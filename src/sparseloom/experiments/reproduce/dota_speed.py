@@ -97,7 +97,7 @@ def published_subjects(stored: Sequence[Row], fidelity: str = "cycle") -> list[S
 
 
 def recorded_subjects(stored: Sequence[Row]) -> list[Subject]:
-    """Workloads of ours whose masks were recorded from adapted models, at retentions found there."""
+    """Workloads of ours: masks recorded from adapted models, at the retentions found there."""
     records = [one for one in stored if one.get("record") == "dota_masks"]
     made: list[Subject] = []
     for name in dict.fromkeys(one["workload"] for one in records):
@@ -106,12 +106,12 @@ def recorded_subjects(stored: Sequence[Row]) -> list[Subject]:
         said: dict[str, tuple[str, ...]] = {"F": ()}
         found: set[str] = set()
         for case in CASES:
-            best = search(stored, mine[0]["task"], case)
+            best = search(stored, mine[0]["task_name"], case)
             one = best and next((m for m in mine if m["sparsity"] == best.sparsity), None)
             if best is None or one is None:
                 continue
             numbers[case] = one["numbers"]
-            masks = f"masks recorded from one input of {one['tokens']} tokens of {one['task']}"
+            masks = f"masks recorded from one input of {one['tokens']} tokens of {one['task_name']}"
             said[case] = (best.said, masks)
             found.add(case)
         shape = ModelShape(**mine[0]["shape"])
@@ -306,9 +306,7 @@ def retentions(stored: Sequence[Row]) -> list[Row]:
     for benchmark in BENCHMARKS:
         for case in CASES:
             one = retention(stored, benchmark, case)
-            rows.append(
-                _retention(f"{benchmark.name}, DOTA-{case}: pairs kept", one.share, one.said)
-            )
+            rows.append(_retention(benchmark.name, case, one.share, one.said))
     known = {benchmark.task for benchmark in BENCHMARKS}
     for task in dict.fromkeys(str(one["task"]) for one in stored if one.get("task")):
         if task in known or not has_sweep(stored, task):
