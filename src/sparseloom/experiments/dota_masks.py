@@ -6,7 +6,7 @@
 Each folder holds a model that was adapted to dynamic sparse attention (`sl.save`); a built-in model
 that brings a predictor may stand for one. Its masks are recorded on the longest of the task's first
 inputs, each method at its own sparsity. What is stored is not the masks but what they cost:
-loads of the three dataflows for 1 to 8 queries side by side, seconds on DOTA, on one of its Lanes
+key loads of the dataflows for 1 to 8 queries side by side, seconds on DOTA, on one of its Lanes
 and on ELSA at 20 %, and how these change with the machine's settings. Workloads that are stored
 already and have another name stay.
 """
@@ -19,23 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sparseloom import hardware
 from sparseloom.experiments.reproduce.dota_benchmarks import ELSA_RETENTION
 from sparseloom.experiments.reproduce.dota_runs import DOTA, attention_alone, fidelity_of, measure
-from sparseloom.hardware.units.token_scheduler import Dataflow, schedule
+from sparseloom.hardware.load_savings import load_savings
 from sparseloom.results import read_results, write_results
-from sparseloom.trace import MaskArrays, PredictorShape, Selection, Trace
+from sparseloom.trace import PredictorShape, Selection, Trace
 
 INPUTS = 16
 """Inputs of the task among which the longest is taken."""
-PARALLEL = (1, 2, 3, 4, 5, 6, 7, 8)
-DATAFLOWS: dict[str, tuple[Dataflow, bool]] = {
-    "out of order": ("out_of_order", True),
-    "out of order, no split": ("out_of_order", False),
-    "in order": ("in_order", True),
-}
 # What the machine's unpublished rates do to attention; the first is the machine as it is.
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -61,39 +53,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "DRAM 900 GB/s": {"dram.gbytes_per_second": 900.0},
 }
 PRECISIONS = (2, 4, 8, 16)
-
-
-def loads(masks: Sequence[MaskArrays]) -> list[dict[str, Any]]:
-    """Loads, steps and idle slots of every head's rows, summed, by dataflow and T.
-
-    `kept` is what row by row loads, `union` the least possible.
-    """
-    found: list[dict[str, Any]] = []
-    for name, (dataflow, split) in DATAFLOWS.items():
-        for parallel in PARALLEL:
-            totals = np.zeros(5, np.int64)
-            for offsets, keys in (rows for mask in masks for rows in _heads(mask)):
-                one = schedule(
-                    offsets, keys, parallel_queries=parallel, dataflow=dataflow, split=split
-                )
-                parts = (one.loads, one.steps, one.idle_slots, one.kept, one.union)
-                totals += [int(part.sum()) for part in parts]
-            keys_of = ("loads", "steps", "idle", "kept", "union")
-            counts = dict(zip(keys_of, totals.tolist(), strict=True))
-            found.append({"dataflow": name, "parallel": parallel, **counts})
-    return found
-
-
-def _heads(mask: MaskArrays) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(offsets, keys) of each sequence and head of a mask of single keys.
-
-    Raises:
-        ValueError: blocks larger than one query and one key.
-    """
-    if mask.block_size != (1, 1):
-        raise ValueError(f"masks must have blocks of 1 × 1, got {mask.block_size}")
-    rows = mask.offsets[..., :].reshape(-1, mask.offsets.shape[-1])
-    return [(np.ascontiguousarray(one), mask.indices) for one in rows]
 
 
 def sensitivity(trace: Trace, case: str, *, fidelity: str = "cycle") -> list[dict[str, Any]]:
@@ -134,14 +93,13 @@ def with_bits(trace: Trace, case: str, bits: Any) -> Trace:
 def costs(trace: Trace, case: str, elsa: str, *, fidelity: str = "cycle") -> dict[str, Any]:
     """All that is stored of one recorded selection."""
     calls = trace.selection(case).calls
-    masks = [call.mask for call in calls if call.mask is not None]
     predictors = {
         (call.predictor.head_dim, call.predictor.bits) for call in calls if call.predictor
     }
     return {
         "density": trace.density(case),
         "predictors": sorted(predictors),
-        "loads": loads(masks),
+        "loads": load_savings(trace, case),
         "numbers": measure(trace, case, elsa=elsa, fidelity=fidelity),
         "sensitivity": sensitivity(trace, case, fidelity=fidelity),
     }

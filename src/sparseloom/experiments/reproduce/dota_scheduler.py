@@ -17,25 +17,23 @@ def scheduler(stored: Sequence[Row]) -> list[Row]:
     rows: list[Row] = []
     for one in stored:
         for counts in one["loads"]:
-            if not counts["kept"]:
-                continue
-            what = f"{_case(one)}: {counts['dataflow']}, T = {counts['parallel']}"
-            said = (_masks(one), *((_SCHEDULER,) if "out" in counts["dataflow"] else ()))
-            slots = counts["parallel"] * counts["steps"]
-            quantities = {
-                "loads over row by row": counts["loads"] / counts["kept"],
-                "slots with work": 1 - counts["idle"] / slots,
-            }
-            if counts["dataflow"] == "out of order":
-                quantities["least possible loads over row by row"] = (
-                    counts["union"] / counts["kept"]
-                )
+            ordered = counts["dataflow"] == "in_order"
+            name = "in order" if ordered else "out of order"
+            name += "" if ordered or counts["split"] else ", no split"
+            found = {"loads over row by row": counts["load_ratio"]}
+            if not ordered:
+                found["slots with work"] = counts["utilisation"]
+            if not ordered and counts["split"]:
+                found["least possible loads over row by row"] = counts["union_ratio"]
+                found["the same were keys random"] = counts["random_ratio"]
             rows += [
                 row(
-                    PAPER, "scheduler", f"{what}: {name}", "a curve without numbers", ours,
-                    basis="predicted", assumptions=said,
+                    PAPER, "scheduler",
+                    f"{_case(one)}: {name}, T = {counts['parallel_queries']}: {what}",
+                    "a curve without numbers", ours, basis="predicted",
+                    assumptions=(_masks(one), *(() if ordered else (_SCHEDULER,))),
                 )
-                for name, ours in quantities.items()
+                for what, ours in found.items()
             ]  # fmt: skip
     return rows
 
