@@ -61,7 +61,7 @@ def one(found: list[Run], name: str, selection: str, configuration: str = "one s
 
 def test_all_have_one_size(comparison: Comparison) -> None:
     names = [one.machine for one in comparison.accelerators]
-    for family in ("spatten", "dota", "a3", "mnnfast", "dense"):
+    for family in ("spatten", "dota", "elsa", "a3", "mnnfast", "dense"):
         assert any(name.startswith(family) for name in names)
     for one in comparison.accelerators:
         machine = one.at("one size")
@@ -136,6 +136,28 @@ def test_accuracy_belongs_to_what_is_computed(found: list[Run]) -> None:
     assert verdict(one(found, "DOTA", "half", "as published"), dense) == (
         "no comparison: another size"
     )
+
+
+def test_elsa_follows_its_own_selection_alone(comparison: Comparison) -> None:
+    few = replace_accelerators(comparison, "dense", "ELSA")
+    plain = trace()
+    calls = plain.selection("half").calls
+    quality = {"metric": "accuracy", "value": 0.7, "dense_value": 0.75}
+    own = Selection("elsa:p=1", calls, {"method": "elsa"}, quality)
+    found = list(runs(few, replace(plain, selections={**plain.selections, own.name: own})))
+    said = {(run.selection, run.accuracy.computes, run.accuracy.value) for run in found[1:]}
+    assert said == {
+        ("dense", "keys of its own choice, a fifth of the pairs", None),
+        ("elsa:p=1", "elsa:p=1", 0.7),
+    }
+    sized, published = (
+        one(found, "ELSA", "elsa:p=1", configuration).report
+        for configuration in ("one size", "as published")
+    )
+    assert sized is not None
+    assert published is not None
+    # 32 candidates a query: in one bank, or in two of four, every second key being kept.
+    assert 2 < sized.cycles / published.cycles < 2.5
 
 
 @pytest.mark.parametrize(
@@ -233,7 +255,7 @@ HEAD = "schema: sparseloom/comparison/1\n"
         ),
         (
             "budget: {multipliers: 128, clock_ghz: 1.0, gbytes_per_second: 64.0, node_nm: 40}\n"
-            f"accelerators:{ENTRY.replace('follows: dense', 'follows: none')}",
+            f"accelerators:{ENTRY.replace('follows: dense', 'follows: []')}",
             "the first accelerator must follow dense, got 'dense'",
         ),
         (

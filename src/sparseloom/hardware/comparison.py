@@ -47,7 +47,8 @@ class Accelerator(Section):
     machine: str
     sized: str | None = None
     set: dict[str, float | int | str] = Field(default_factory=dict)
-    follows: Literal["every", "none", "dense"] | list[str]
+    follows: Literal["every", "dense"] | list[str]
+    chooses: bool = False
     computes: str
     size: str
     operands: str
@@ -168,12 +169,21 @@ def runs(
         published = one.at("as published")
         if published.config_hash != machines["one size"].config_hash:
             machines["as published"] = published
-        alone = one.follows in ("none", "dense")
-        for selection in [trace.selection("dense")] if alone else chosen:
+        for selection in _selections(one, trace, chosen):
             accurate = accuracy(one, trace, selection)
             for configuration, machine in machines.items():
                 run = Run(one, configuration, selection.name, accurate, machine)
                 yield _simulated(run, comparison.budget, trace, fidelity, seed)
+
+
+def _selections(one: Accelerator, trace: Trace, chosen: Sequence[Selection]) -> list[Selection]:
+    """Those that an accelerator runs; what a machine chooses by itself, it chooses once."""
+    dense = trace.selection("dense")
+    if one.follows == "dense":
+        return [dense]
+    if one.chooses:
+        return [dense, *(selection for selection in chosen if one.follows_selection(selection))]
+    return list(chosen)
 
 
 def _simulated(run: Run, budget: Budget, trace: Trace, fidelity: str, seed: int) -> Run:
@@ -199,9 +209,8 @@ def _simulated(run: Run, budget: Budget, trace: Trace, fidelity: str, seed: int)
 
 def accuracy(one: Accelerator, trace: Trace, selection: Selection) -> Accuracy:
     """What the accelerator computes of a selection, and the accuracy measured for just that."""
-    if one.follows == "none":
-        return Accuracy(one.computes)
-    if one.follows == "dense" or selection.method.get("method") == "dense":
+    everything = one.follows == "dense" or selection.method.get("method") == "dense"
+    if everything and not one.chooses:
         return _dense(trace, EVERYTHING)
     if not one.follows_selection(selection):
         return Accuracy(one.computes)
@@ -231,7 +240,7 @@ def verdict(run: Run, dense: Run, within: float = 0.0) -> str:
     if run.configuration == "as published":
         return "no comparison: another size"
     mine, other = run.accuracy, dense.accuracy
-    if run.accelerator.follows != "none" and mine.computes == other.computes:
+    if not run.accelerator.chooses and mine.computes == other.computes:
         return ""
     if mine.value is None or other.value is None:
         whose = mine.computes if mine.value is None else "dense attention"
