@@ -89,7 +89,9 @@ def published_subjects(stored: Sequence[Row], fidelity: str = "cycle") -> list[S
             case: benchmark_numbers(benchmark, case, share, fidelity)
             for case, share in shares.items()
         }
-        said = {case: (one.said, _DRAWN, _SIZES) for case, one in kept.items()}
+        said: dict[str, tuple[str, ...]] = {
+            case: (one.said, _DRAWN, _SIZES) for case, one in kept.items()
+        }
         gpu = {kind: gpu_numbers(benchmark, kind) for kind in ("unfused", "fused")}
         said["F"] = (_SIZES,)
         made.append(Subject(benchmark.name, False, numbers, said, frozenset(), gpu))
