@@ -12,6 +12,7 @@ from sparseloom.hardware.scaling import (
     area_scale,
     energy_scale,
     fitted,
+    named_scales,
     nominal_volts,
 )
 
@@ -64,6 +65,17 @@ def test_smaller_nodes_take_less(a: float, b: float) -> None:
     small, large = sorted((a, b))
     assert energy_scale(large, small, from_volts=0.8) <= 1 + 1e-12
     assert area_scale(large, small) <= 1 + 1e-12
+
+
+def test_rules_by_name_disagree() -> None:
+    found = named_scales(40, 22)
+    assert [scale.power for scale in found.values()] == pytest.approx(
+        [0.55, 0.354, 0.297], abs=5e-4
+    )
+    assert [scale.area for scale in found.values()] == pytest.approx(
+        [0.3025, 0.322, 0.322], abs=5e-4
+    )
+    assert set(named_scales(40, 40).values()) == {(1.0, 1.0)}
 
 
 def test_outside_the_fit() -> None:

@@ -8,6 +8,7 @@ SRAM does not follow logic below 7 nm, and nothing here reaches below 7 nm.
 from __future__ import annotations
 
 from math import exp, log
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,6 +37,13 @@ NOMINAL: dict[int, float] = {
     130: 1.2, 90: 1.1, 65: 1.1, 45: 1.0, 32: 0.97, 20: 0.9, 16: 0.8, 14: 0.8, 10: 0.75, 7: 0.7,
 }  # fmt: skip
 VOLTS = (0.5, 1.4)
+
+
+class Scale(NamedTuple):
+    """Factors of area, and of power at one clock, from one node to another."""
+
+    area: float
+    power: float
 
 
 def fitted(coefficients: tuple[float, float, float], volts: float) -> float:
@@ -69,6 +77,23 @@ def area_scale(from_nm: float, to_nm: float) -> float:
 def nominal_volts(nm: float) -> float:
     """Nominal supply of a node in V."""
     return _between(nm, NOMINAL)
+
+
+def named_scales(from_nm: float, to_nm: float) -> dict[str, Scale]:
+    """What logic at one node takes at another, by the name of the rule: they disagree by much.
+
+    Raises:
+        MachineError: a node outside the fit.
+    """
+    volts, other = nominal_volts(from_nm), nominal_volts(to_nm)
+    ratio, area = to_nm / from_nm, area_scale(from_nm, to_nm)
+    kept = energy_scale(from_nm, to_nm, from_volts=volts)
+    nominal = energy_scale(from_nm, to_nm, from_volts=volts, to_volts=other)
+    return {
+        "area by the square of the node, power by the node": Scale(ratio * ratio, ratio),
+        "Stillmaker & Baas at one voltage": Scale(area, kept),
+        "Stillmaker & Baas at nominal voltages": Scale(area, nominal),
+    }
 
 
 def _energy(nm: float, volts: float) -> float:
