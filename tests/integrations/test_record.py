@@ -14,7 +14,7 @@ from torch import Tensor
 from sparseloom.hardware.cascade import Cascade, with_cascade
 from sparseloom.integrations import describe, record, sparsify
 from sparseloom.mask import SparseMask
-from sparseloom.methods import AttentionInputs, Dense, DynamicSparse, Oracle, Predictor
+from sparseloom.methods import AttentionInputs, Dense, DynamicSparse, Elsa, Oracle, Predictor
 from sparseloom.trace import Trace, transformer_operators
 
 SPARSE = Oracle(sparsity=0.7, minimum_keys=2)
@@ -46,6 +46,19 @@ def test_the_operators_of_llama(zoo: SimpleNamespace) -> None:
     assert (trace.workload.name, trace.workload.scope) == ("tiny", "model")
     assert list(trace.selections) == ["dense"]
     assert trace.density() == 1.0
+
+
+def test_thresholds_of_all_layers_fit_into_a_name(zoo: SimpleNamespace, tmp_path: Path) -> None:
+    names: list[str] = []
+    for level in (0.1, 0.2):
+        method = Elsa(thresholds=((level,), (0.3,)))
+        trace = record(zoo.build("llama"), method, zoo.inputs("none"))
+        trace.save(tmp_path / str(level))
+        (selection,) = Trace.load(tmp_path / str(level)).selections.values()
+        assert selection.method == method.to_dict()
+        names.append(selection.name)
+    assert all(name.startswith("elsa:thresholds=#") for name in names)
+    assert names[0] != names[1]
 
 
 def test_roles_in_every_family(zoo: SimpleNamespace, family: str) -> None:

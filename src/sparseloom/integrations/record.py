@@ -17,7 +17,7 @@ from sparseloom.integrations.describe import attention_modules, chooses_in_cache
 from sparseloom.integrations.huggingface import sparsify
 from sparseloom.integrations.kept import Kept, whole
 from sparseloom.mask import SparseMask
-from sparseloom.methods import Dense, SpAtten
+from sparseloom.methods import Dense, SpAtten, selection_name
 from sparseloom.methods.base import AttentionInputs, Method, Pruner
 from sparseloom.trace import (
     AttentionCall,
@@ -112,7 +112,7 @@ def record(
     if any(call.tokens_alive is not None for call in calls):
         fades = isinstance(method, SpAtten) and method.decay < 1
         calls = with_ranking(workload, calls, rescales=fades)
-    chosen = str(method)
+    chosen = selection_name(method)
     selection = Selection(chosen, calls, method.to_dict(), quality)
     return Trace(workload, {chosen: selection}, recorder.tensors)
 

@@ -33,7 +33,13 @@ from sparseloom.methods.quality import overlap, retained_mass
 from sparseloom.methods.quest import Quest
 from sparseloom.methods.random_mask import RandomMask
 from sparseloom.methods.reformer import Reformer
-from sparseloom.methods.registry import METHODS, format_method, method_names, parse_method
+from sparseloom.methods.registry import (
+    METHODS,
+    format_method,
+    method_names,
+    parse_method,
+    selection_name,
+)
 from sparseloom.methods.selection import budgets, threshold_mask, topk_mask
 from sparseloom.methods.sinkhorn import Sinkhorn
 from sparseloom.methods.snapkv import SnapKV
@@ -97,6 +103,7 @@ __all__ = [
     "overlap",
     "parse_method",
     "retained_mass",
+    "selection_name",
     "threshold_mask",
     "topk_mask",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -96,12 +97,34 @@ def parse_method(text: str) -> Method:
 
 def format_method(method: Method) -> str:
     """The shortest text that `parse_method` turns into an equal method: defaults are left out."""
-    parts = [
-        f"{field.name}={format_value(getattr(method, field.name))}"
+    return _joined(method, _texts(method))
+
+
+def selection_name(method: Method) -> str:
+    """`format_method`, fit for the name of a selection in a trace, which is a file's name, too.
+
+    Lists of lists, such as the thresholds of all layers, have slashes and may be long: eight hex
+    digits stand for them, which differ where they do.
+    """
+    texts = _texts(method)
+    for key, text in texts.items():
+        if "/" in text:
+            texts[key] = f"#{zlib.crc32(text.encode()):08x}"
+    return _joined(method, texts)
+
+
+def _texts(method: Method) -> dict[str, str]:
+    """Every setting that is not its default, as text."""
+    return {
+        field.name: format_value(getattr(method, field.name))
         for field in dataclasses.fields(method)  # pyright: ignore[reportArgumentType]
         if field.compare and getattr(method, field.name) != field.default
-    ]
-    return f"{method.name}:{','.join(parts)}" if parts else method.name
+    }
+
+
+def _joined(method: Method, texts: Mapping[str, str]) -> str:
+    parts = ",".join(f"{key}={text}" for key, text in texts.items())
+    return f"{method.name}:{parts}" if parts else method.name
 
 
 def method_from_dict(data: Mapping[str, Any]) -> Method:
