@@ -93,15 +93,23 @@ SL_INLINE void multiply(const char* upper, const char* lower, const char* left, 
   vectors.some();
 }
 
+constexpr int BOTH = 3;  // halves of the lanes
+
+// Some chunks of keys, by number, and which halves of the lanes keep each of them.
 struct Block {
-  int64_t first;
+  int64_t at[CHUNKS];
+  int kept[CHUNKS];
   int chunks;
   bool masked;
 };
 
-// -inf where keys of a chunk are padding, past the end, or later than the query sees.
-static inline void forbid_rows(const Queries<Bf16>& lanes, const uint8_t* attend, int64_t j0, float* scores) {
+// -inf where keys of a chunk are padding, past the end, later than the query sees, or not kept.
+static inline void forbid_rows(const Queries<Bf16>& lanes, const uint8_t* attend, int64_t chunk, int kept, float* scores) {
   const __m512 never = _mm512_set1_ps(-__builtin_inff());
+  const int64_t j0 = chunk * CHUNK;
+  if (kept != BOTH)
+    for (int j = 0; j < CHUNK; ++j) _mm512_store_ps(scores + j * LANES + (kept == 1 ? 16 : 0), never);
+  if (lanes.least >= j0 + CHUNK - 1 && !attend) return;
   for (int j = 0; j < CHUNK; ++j, scores += LANES) {
     const int64_t key = j0 + j;
     if (key > lanes.most || (attend && !attend[key])) {
@@ -118,19 +126,55 @@ static inline void forbid_rows(const Queries<Bf16>& lanes, const uint8_t* attend
 struct Blocks {
   const Queries<Bf16>& lanes;
   const uint8_t* attend;
-  int64_t next;
+  int64_t next = 0;                             // chunk, without a mask
+  bool all = true;                              // without a mask
+  const int32_t *row[2] = {}, *end[2] = {};     // chunks that each half of the lanes keeps
+
+  Blocks(const DenseArgs& a, const DenseItem& item, const Queries<Bf16>& lanes, const uint8_t* attend)
+      : lanes(lanes), attend(attend) {
+    if (!a.indices) return;
+    all = false;
+    const int64_t head = item.kv_head * (a.heads / a.kv_heads) + item.first / a.q_len;
+    const int64_t mask_head = (a.mask_batch == 1 ? 0 : item.batch) * a.mask_heads +
+                              head * a.mask_heads / a.heads;
+    const int64_t rows = (a.q_len + MASK_QUERIES - 1) / MASK_QUERIES;
+    const int64_t first = item.first % a.q_len / MASK_QUERIES;
+    const int64_t* at = a.offsets + mask_head * (rows + 1) + first;
+    for (int half = 0; half < 2 && first + half < rows; ++half) {
+      row[half] = a.indices + at[half];
+      end[half] = a.indices + at[half + 1];
+    }
+  }
+
+  // The next chunk that some lane keeps, or one past the last that a lane sees.
+  SL_INLINE int64_t advance(int& kept) {
+    kept = BOTH;
+    if (all) return next++;
+    const int64_t none = lanes.most / CHUNK + 1;
+    const int64_t first = row[0] < end[0] ? *row[0] : none, second = row[1] < end[1] ? *row[1] : none;
+    const int64_t chunk = first < second ? first : second;
+    kept = (first == chunk ? 1 : 0) | (second == chunk ? 2 : 0);
+    row[0] += first == chunk && first != none;
+    row[1] += second == chunk && second != none;
+    // Lanes that no query has keep what the others do.
+    if (lanes.count <= 16) kept = BOTH;
+    return chunk;
+  }
 
   SL_INLINE Block take() {
-    for (; next <= lanes.most; next += KB) {
-      const int64_t n = lanes.most + 1 - next < KB ? lanes.most + 1 - next : KB;
-      const int64_t live = count_attended(attend, next, n);
+    Block block = {{}, {}, 0, false};
+    while (block.chunks < CHUNKS && lanes.most >= 0) {
+      int kept;
+      const int64_t chunk = advance(kept), first = chunk * CHUNK;
+      if (first > lanes.most) break;
+      const int64_t n = lanes.most + 1 - first < CHUNK ? lanes.most + 1 - first : CHUNK;
+      const int64_t live = count_attended(attend, first, n);
       if (live == 0) continue;
-      const Block block = {next, static_cast<int>((n + CHUNK - 1) / CHUNK),
-                           live < n || n % CHUNK || lanes.least < next + n - 1};
-      next += KB;
-      return block;
+      block.masked |= live < CHUNK || lanes.least < first + CHUNK - 1 || kept != BOTH;
+      block.at[block.chunks] = chunk;
+      block.kept[block.chunks++] = kept;
     }
-    return {0, 0, false};
+    return block;
   }
 };
 

@@ -189,8 +189,8 @@ void attend(const DenseArgs& a, const DenseItem& item, const void* shared, void*
     r.top[q] = _mm512_set1_ps(LOWEST);
     r.sum[q] = r.shrink[q] = _mm512_setzero_ps();
   }
-  Blocks blocks = {lanes, attended, 0};
-  Block before = {0, 0, false}, now = {0, 0, false}, after = blocks.take();
+  Blocks blocks(a, item, lanes, attended);
+  Block before = {}, now = {}, after = blocks.take();
   int turn = 0;
   bool grown = false;
   while (before.chunks || now.chunks || after.chunks) {
@@ -204,24 +204,24 @@ void attend(const DenseArgs& a, const DenseItem& item, const void* shared, void*
                                static_cast<int>(z.widths / 2) * before.chunks))};
     asm volatile("" ::: "memory");  // what tiles load must have been stored
     for (int i = 0; i < after.chunks; ++i) {
-      const char* key = keys + (after.first / CHUNK + i) * step;
+      const char* key = keys + after.at[i] * step;
       zero_tiles();
       for (int64_t d = 0; d < z.depth; ++d)
         multiply(key + d * TILE, key + (z.depth + d) * TILE, m.lanes + 2 * d * TILE,
                  m.lanes + (2 * d + 1) * TILE, 64, work);
       float* to = ahead + i * CHUNK * LANES;
       store_sums(to);
-      if (after.masked) forbid_rows(lanes, attended, after.first + i * CHUNK, to);
+      if (after.masked) forbid_rows(lanes, attended, after.at[i], after.kept[i], to);
       // One chunk late: scores that were just stored are slow to load.
       if (i > 0) maxima.chunk(to - CHUNK * LANES);
     }
     for (int64_t w = 0; before.chunks && w < z.widths; w += 2) {
-      const char* value = values + before.first / CHUNK * step + w * TILE;
+      const char* value = values + w * TILE;
       float* sums = m.acc + w * 16 * LANES;
       load_sums(sums);
       for (int i = 0; i < before.chunks; ++i)
-        multiply(value + i * step, value + i * step + TILE, behind + i * 16 * ROW,
-                 behind + i * 16 * ROW + 64, ROW, work);
+        multiply(value + before.at[i] * step, value + before.at[i] * step + TILE,
+                 behind + i * 16 * ROW, behind + i * 16 * ROW + 64, ROW, work);
       store_sums(sums);
     }
     while (work.spread.left > 0) work.one();
@@ -279,7 +279,7 @@ void finish_rows(const DenseArgs& a, const Queries<Bf16>& lanes, const __m512 to
 
 extern const DenseKernels tiles_bf16;
 const DenseKernels tiles_bf16 = {LANES,         shared_bytes, shared_parts, prepare,
-                                 scratch_bytes, attend,       column_sums};
+                                 scratch_bytes, attend,       column_sums,  true};
 
 }  // namespace sparseloom::SL_TIER::dense
 #endif

@@ -26,15 +26,19 @@ void bind_dense(nb::module_& m) {
         [](int type, PyView query, PyView key, PyView value, uintptr_t out, int64_t batch,
            int64_t heads, int64_t kv_heads, int64_t q_len, int64_t kv_len, int64_t head_dim,
            int64_t value_dim, uintptr_t key_padding, bool causal, float scale, uintptr_t lse,
-           uintptr_t columns, uintptr_t magnitude, int threads) {
+           uintptr_t columns, uintptr_t magnitude, uintptr_t indices, uintptr_t offsets,
+           int64_t mask_batch, int64_t mask_heads, int threads) {
           const DenseArgs args{view(query), view(key), view(value), pointer<void>(out),
                                pointer<float>(lse), pointer<float>(columns),
                                pointer<float>(magnitude), pointer<const uint8_t>(key_padding),
                                batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim, scale,
-                               causal};
+                               causal, pointer<const int32_t>(indices),
+                               pointer<const int64_t>(offsets), mask_batch, mask_heads};
           const nb::gil_scoped_release release;
           dense_forward(args, static_cast<DenseType>(type), threads);
         });
+  m.def("dense_takes_mask",
+        [](int type) { return dense_takes_mask(static_cast<DenseType>(type)); });
 }
 
 }  // namespace sparseloom

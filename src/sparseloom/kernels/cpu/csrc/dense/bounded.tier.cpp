@@ -72,17 +72,17 @@ void attend_bounded(const DenseArgs& a, const DenseItem& item, const Queries<Bf1
     shift[q] = _mm512_fnmadd_ps(top, _mm512_set1_ps(256.0f), _mm512_set1_ps(12582912.0f + 127 * 256));
     sum[q] = _mm512_setzero_ps();
   }
-  Blocks blocks = {lanes, attended, 0};
-  Block before = {0, 0, false}, now = blocks.take(), after = {0, 0, false};
+  Blocks blocks(a, item, lanes, attended);
+  Block before = {}, now = blocks.take(), after = {};
   int slot = 0, turn = 0;
   const auto scores_of = [&](const Block& block, int chunk, float* to, auto& work) __attribute__((always_inline)) {
-    const char* key = tiles + (block.first / CHUNK + chunk) * step;
+    const char* key = tiles + block.at[chunk] * step;
     zero_tiles();
     for (int64_t d = 0; d < z.depth; ++d)
       multiply(key + d * TILE, key + (z.depth + d) * TILE, m.lanes + 2 * d * TILE,
                m.lanes + (2 * d + 1) * TILE, 64, work);
     store_sums(to);
-    if (block.masked) forbid_rows(lanes, attended, block.first + chunk * CHUNK, to);
+    if (block.masked) forbid_rows(lanes, attended, block.at[chunk], block.kept[chunk], to);
   };
   float* ring[2] = {m.scores[0], m.scores[0] + CHUNK * LANES};
   struct { SL_INLINE void some() {} } idle;
@@ -101,13 +101,13 @@ void attend_bounded(const DenseArgs& a, const DenseItem& item, const Queries<Bf1
       asm volatile("" ::: "memory");  // what tiles load must have been stored
       if (next.chunks) scores_of(next, inside ? i + 1 : 0, ring[slot ^ 1], work);
       for (int w = first; w < end; ++w) {
-        const char* value = values + before.first / CHUNK * step + 2 * w * TILE;
+        const char* value = values + 2 * w * TILE;
         const char* powers = m.powers[turn ^ 1];
         float* sums = m.acc + w * 32 * LANES;
         load_sums(sums);
         for (int k = 0; k < before.chunks; ++k)
-          multiply(value + k * step, value + k * step + TILE, powers + k * 16 * ROW,
-                   powers + k * 16 * ROW + 64, ROW, work);
+          multiply(value + before.at[k] * step, value + before.at[k] * step + TILE,
+                   powers + k * 16 * ROW, powers + k * 16 * ROW + 64, ROW, work);
         store_sums(sums);
       }
       while (work.spread.left > 0) work.one();

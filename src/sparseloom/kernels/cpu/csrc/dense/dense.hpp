@@ -1,4 +1,5 @@
-// Dense attention: one item is a block of queries that share a key head, against all keys.
+// Dense attention: one item is a block of queries that share a key head, against all keys, or under a
+// mask of tiles against those of the keys that some query of the block keeps.
 //
 // Scores are computed transposed, a row per key and a lane per query, so that maxima, sums and
 // masks are plain vector arithmetic and the rows of keys and values are read where they lie.
@@ -24,7 +25,14 @@ struct DenseArgs {
   int64_t batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim;
   float scale;
   bool causal;  // query i sees key j if j <= i + kv_len - q_len
+  // Null: every pair. Else a SparseMask with blocks of MASK_QUERIES x MASK_KEYS, for kernels that
+  // take one; head h of `heads` uses mask head h * mask_heads / heads. No columns then.
+  const int32_t* indices;
+  const int64_t* offsets;  // (mask_batch, mask_heads, ceil(q_len / MASK_QUERIES) + 1)
+  int64_t mask_batch, mask_heads;
 };
+
+constexpr int64_t MASK_QUERIES = 16, MASK_KEYS = 32;
 
 // Rows first ... first + count - 1 of the heads / kv_heads * q_len query rows of a key head.
 struct DenseItem { int64_t batch, kv_head, first, count; };
@@ -42,6 +50,7 @@ struct DenseKernels {
   void (*attend)(const DenseArgs&, const DenseItem&, const void* shared, void* scratch);
   // Needs args.lse as written by attend.
   void (*columns)(const DenseArgs&, const DenseColumns&, void* scratch);
+  bool takes_mask = false;  // and its block is then 2 * MASK_QUERIES
 };
 
 enum class DenseType : int { fp32 = 0, bf16 = 1, fp16 = 2 };
@@ -51,5 +60,8 @@ struct DenseTable { const DenseKernels* of[3]; };  // by DenseType
 SL_TABLE(DenseTable, dense_table)
 
 void dense_forward(const DenseArgs& args, DenseType type, int threads);
+
+// Whether the active tier computes this type under a mask.
+bool dense_takes_mask(DenseType type);
 
 }  // namespace sparseloom

@@ -32,10 +32,11 @@ void share(int64_t count, int threads, char* scratch, size_t bytes, Work&& work)
 }
 
 // Few queries share their block over the heads of a group; many start a block with each head, so
-// that causality cuts whole blocks.
+// that causality cuts whole blocks. So do those under a mask, of which each head has its own rows.
 std::vector<DenseItem> query_items(const DenseArgs& a, int64_t block) {
-  const int64_t group = a.heads / a.kv_heads, rows = a.q_len < block ? a.q_len * group : a.q_len;
-  const int64_t parts = a.q_len < block ? 1 : group;
+  const bool shared = a.q_len < block && !a.indices;
+  const int64_t group = a.heads / a.kv_heads, rows = shared ? a.q_len * group : a.q_len;
+  const int64_t parts = shared ? 1 : group;
   std::vector<DenseItem> items;
   for (int64_t b = 0; b < a.batch; ++b)
     for (int64_t h = 0; h < a.kv_heads; ++h)
@@ -46,6 +47,10 @@ std::vector<DenseItem> query_items(const DenseArgs& a, int64_t block) {
 }
 
 }  // namespace
+
+bool dense_takes_mask(DenseType type) {
+  return active_dense_table().of[static_cast<int>(type)]->takes_mask;
+}
 
 void dense_forward(const DenseArgs& a, DenseType type, int threads) {
   const DenseKernels& kernels = *active_dense_table().of[static_cast<int>(type)];
