@@ -11,6 +11,7 @@ from torch import Tensor
 import sparseloom as sl
 from sparseloom.kernels import cpu, reference
 from sparseloom.kernels.common import AttentionCall
+from sparseloom.kernels.cpu import dense
 from sparseloom.mask import SparseMask
 
 OUT = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -102,6 +103,45 @@ def test_lengths(tier: str, sizes: tuple[int, int]) -> None:
 @pytest.mark.parametrize("mask_batch", [1, 2])
 def test_shared_keys_and_masks(tier: str, heads: tuple[int, int, int], mask_batch: int) -> None:
     check(make_call(heads=heads, batch=(2, mask_batch)))
+
+
+@pytest.mark.parametrize("dtype", list(OUT))
+@pytest.mark.parametrize("alike", [True, False])
+def test_large_tiles(tier: str, dtype: torch.dtype, alike: bool) -> None:
+    """Blocks of 16 x 32: query blocks that keep alike are computed together, others are not."""
+    sizes = [(150, 230, (4, 2, 4)), (64, 40, (2, 1, 1)), (97, 97, (2, 2, 2))]
+    for case, (q_len, kv_len, heads) in enumerate(sizes):
+        call = make_call(
+            q_len,
+            kv_len,
+            (16, 32),
+            dtype=dtype,
+            heads=heads,
+            dims=[(64, 64), (24, 40), (32, 8)][case],
+            batch=(2, 1 + case % 2),
+            is_causal=case != 1,
+            padded=case != 0,
+        )
+        assert call.offsets is not None
+        if alike:  # four query blocks at a time, but for one of the first
+            keep = torch.rand((*call.offsets.shape[:2], -(-q_len // 64), -(-kv_len // 32))) < 0.4
+            keep[..., 0] = True
+            keep = keep.repeat_interleave(4, 2)[:, :, : -(-q_len // 16)]
+            keep[:, :, 1, 0] = False
+            mask = SparseMask.from_block_bool(keep, block_size=(16, 32), q_len=q_len, kv_len=kv_len)
+            call = call._replace(indices=mask.indices, offsets=mask.offsets)
+        assert dense.suits(call, importance=False) or not alike
+        assert not dense.suits(call, importance=True)
+        wide = [t.double() for t in (call.query, call.key, call.value)]
+        exact = call._replace(query=wide[0], key=wide[1], value=wide[2])
+        wanted = reference.forward(exact, lse=True, importance=False)
+        near, sums = OUT[dtype], SUMS[dtype]
+        for lse in (False, True):
+            got = cpu.forward(call, lse=lse, importance=False)
+            torch.testing.assert_close(got.out.double(), wanted.out, rtol=near, atol=near)
+            if lse:
+                assert got.lse is not None
+                torch.testing.assert_close(got.lse.double(), wanted.lse, rtol=sums, atol=sums)
 
 
 @pytest.mark.parametrize("density", [0.0, 1.0])

@@ -14,7 +14,7 @@ from sparseloom.kernels.cpu import native
 
 CLOSE = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
 BLOCKS = st.one_of(
-    st.sampled_from([(1, 1), (4, 1), (8, 1), (16, 1), (64, 64)]),
+    st.sampled_from([(1, 1), (4, 1), (8, 1), (16, 1), (16, 32), (64, 64)]),
     st.tuples(st.integers(1, 20), st.integers(1, 20)),
 )
 DIMS = st.sampled_from([8, 24, 32, 64, 80, 96, 104, 128, 256])

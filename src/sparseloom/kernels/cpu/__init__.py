@@ -41,6 +41,6 @@ def profitable(call: AttentionCall) -> bool:  # noqa: ARG001
 
 def forward(call: AttentionCall, *, lse: bool, importance: bool) -> ForwardResult:
     """Attention over the kept pairs, or over all pairs without a mask."""
-    if call.indices is None or dense.takes_mask(call, importance=importance):
+    if call.indices is None or dense.suits(call, importance=importance):
         return dense.forward(call, lse, importance)
     return sparse.forward(call, lse=lse, importance=importance)

@@ -8,25 +8,29 @@ from sparseloom.kernels.common import AttentionCall, ForwardResult
 from sparseloom.kernels.cpu import native
 from sparseloom.kernels.cpu.tensors import TYPES, address, rows, view
 
-
 TILE = (16, 32)
 """Blocks of the masks that it takes."""
 _FEW_QUERIES = 64
 
 
-def takes_mask(call: AttentionCall, *, importance: bool) -> bool:
-    """Whether a call with a mask is one for it: bf16 on AMX, blocks of 16 x 32.
+def suits(call: AttentionCall, *, importance: bool) -> bool:
+    """Whether this is the quicker kernel for a call with a mask: blocks of 16 x 32, kept alike.
 
-    Keys and values are then laid out once for all queries, instead of being gathered by each query
-    block; few queries would not earn that back.
+    It computes every key that some query of its own block keeps, without gathering: 32 queries at
+    once on AMX, otherwise 64 with AVX-512 and 16 or fewer below. Few queries would not earn the
+    layout of the keys back.
     """
-    return (
-        call.block_size == TILE
-        and call.dropout_p == 0.0
-        and not importance
-        and call.q_len >= _FEW_QUERIES
-        and bool(native.library().dense_takes_mask(TYPES[call.query.dtype]))
-    )
+    if call.block_size != TILE or call.dropout_p != 0.0 or importance or call.q_len < _FEW_QUERIES:
+        return False
+    # A library that was built from older sources (SPARSELOOM_CPU_LIBRARY) gathers all keys.
+    suits_mask = getattr(native.library(), "dense_suits_mask", None)
+    if suits_mask is None:
+        return False
+    assert call.indices is not None
+    assert call.offsets is not None
+    indices, offsets = call.indices.contiguous(), call.offsets.contiguous()
+    element, where = TYPES[call.query.dtype], (address(indices), address(offsets))
+    return suits_mask(element, *where, *offsets.shape[:2], call.q_len)
 
 
 def forward(call: AttentionCall, lse: bool, importance: bool) -> ForwardResult:
@@ -36,8 +40,8 @@ def forward(call: AttentionCall, lse: bool, importance: bool) -> ForwardResult:
     log-sum-exp of the first: about half again of the time.
 
     Args:
-        call: fp32, bf16 or fp16 on the CPU, without dropout; without a mask, or one that
-            ``takes_mask`` accepts.
+        call: fp32, bf16 or fp16 on the CPU, without dropout; without a mask, or one
+            of blocks of 16 x 32.
         lse: also return the log-sum-exp of each row.
         importance: also return the column sums of the probabilities and Σ|out|.
     """
@@ -52,7 +56,7 @@ def forward(call: AttentionCall, lse: bool, importance: bool) -> ForwardResult:
     sums = torch.empty(batch, heads, q_len) if lse or importance else None
     columns = torch.empty(batch, heads, kv_len) if importance else None
     magnitude = torch.empty(batch, heads, q_len) if importance else None
-    native.library().dense_forward(
+    shared = (
         TYPES[query.dtype],
         view(query),
         view(key),
@@ -69,13 +73,13 @@ def forward(call: AttentionCall, lse: bool, importance: bool) -> ForwardResult:
         call.is_causal,
         call.scale,
         address(sums),
-        address(columns),
-        address(magnitude),
-        address(indices),
-        address(offsets),
-        *((0, 0) if offsets is None else offsets.shape[:2]),
-        torch.get_num_threads(),
     )
+    library, threads = native.library(), torch.get_num_threads()
+    if indices is None or offsets is None:
+        library.dense_forward(*shared, address(columns), address(magnitude), threads)
+    else:
+        mask = address(indices), address(offsets), *offsets.shape[:2]
+        library.dense_tiles_forward(*shared, threads, *mask)
     return ForwardResult(
         out=out,
         lse=sums if lse else None,

@@ -126,49 +126,33 @@ static inline void forbid_rows(const Queries<Bf16>& lanes, const uint8_t* attend
 struct Blocks {
   const Queries<Bf16>& lanes;
   const uint8_t* attend;
-  int64_t next = 0;                             // chunk, without a mask
-  bool all = true;                              // without a mask
-  const int32_t *row[2] = {}, *end[2] = {};     // chunks that each half of the lanes keeps
+  bool masked;
+  KeptTiles tiles;       // under a mask
+  int64_t chunk = -1;
 
   Blocks(const DenseArgs& a, const DenseItem& item, const Queries<Bf16>& lanes, const uint8_t* attend)
-      : lanes(lanes), attend(attend) {
-    if (!a.indices) return;
-    all = false;
-    const int64_t head = item.kv_head * (a.heads / a.kv_heads) + item.first / a.q_len;
-    const int64_t mask_head = (a.mask_batch == 1 ? 0 : item.batch) * a.mask_heads +
-                              head * a.mask_heads / a.heads;
-    const int64_t rows = (a.q_len + MASK_QUERIES - 1) / MASK_QUERIES;
-    const int64_t first = item.first % a.q_len / MASK_QUERIES;
-    const int64_t* at = a.offsets + mask_head * (rows + 1) + first;
-    for (int half = 0; half < 2 && first + half < rows; ++half) {
-      row[half] = a.indices + at[half];
-      end[half] = a.indices + at[half + 1];
-    }
+      : lanes(lanes), attend(attend), masked(a.indices) {
+    if (masked) tiles = kept_tiles(a, item);
   }
 
-  // The next chunk that some lane keeps, or one past the last that a lane sees.
-  SL_INLINE int64_t advance(int& kept) {
-    kept = BOTH;
-    if (all) return next++;
-    const int64_t none = lanes.most / CHUNK + 1;
-    const int64_t first = row[0] < end[0] ? *row[0] : none, second = row[1] < end[1] ? *row[1] : none;
-    const int64_t chunk = first < second ? first : second;
-    kept = (first == chunk ? 1 : 0) | (second == chunk ? 2 : 0);
-    row[0] += first == chunk && first != none;
-    row[1] += second == chunk && second != none;
-    // Lanes that no query has keep what the others do.
-    if (lanes.count <= 16) kept = BOTH;
-    return chunk;
+  // The next chunk; false after the last one that some lane sees and keeps.
+  SL_INLINE bool advance(int& kept) {
+    if (masked) {
+      chunk = tiles.next(kept);
+      // Lanes without a query keep what the others do.
+      if (tiles.rows == 1) kept = BOTH;
+    } else {
+      ++chunk;
+      kept = BOTH;
+    }
+    return chunk >= 0 && chunk * CHUNK <= lanes.most;
   }
 
   SL_INLINE Block take() {
-    Block block = {{}, {}, 0, false};
-    while (block.chunks < CHUNKS && lanes.most >= 0) {
-      int kept;
-      const int64_t chunk = advance(kept), first = chunk * CHUNK;
-      if (first > lanes.most) break;
-      const int64_t n = lanes.most + 1 - first < CHUNK ? lanes.most + 1 - first : CHUNK;
-      const int64_t live = count_attended(attend, first, n);
+    Block block = {};
+    for (int kept; block.chunks < CHUNKS && advance(kept);) {
+      const int64_t first = chunk * CHUNK, left = lanes.most + 1 - first;
+      const int64_t live = count_attended(attend, first, left < CHUNK ? left : CHUNK);
       if (live == 0) continue;
       block.masked |= live < CHUNK || lanes.least < first + CHUNK - 1 || kept != BOTH;
       block.at[block.chunks] = chunk;

@@ -279,7 +279,7 @@ void finish_rows(const DenseArgs& a, const Queries<Bf16>& lanes, const __m512 to
 
 extern const DenseKernels tiles_bf16;
 const DenseKernels tiles_bf16 = {LANES,         shared_bytes, shared_parts, prepare,
-                                 scratch_bytes, attend,       column_sums,  true};
+                                 scratch_bytes, attend,       column_sums};
 
 }  // namespace sparseloom::SL_TIER::dense
 #endif

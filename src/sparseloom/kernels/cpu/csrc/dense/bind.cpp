@@ -19,6 +19,24 @@ DenseView view(const PyView& v) {
 template <class T>
 T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
+struct Mask {
+  uintptr_t indices, offsets;
+  int64_t batch, heads;
+};
+
+void forward(int type, const PyView& query, const PyView& key, const PyView& value, uintptr_t out,
+             int64_t batch, int64_t heads, int64_t kv_heads, int64_t q_len, int64_t kv_len,
+             int64_t head_dim, int64_t value_dim, uintptr_t key_padding, bool causal, float scale,
+             uintptr_t lse, uintptr_t columns, uintptr_t magnitude, int threads, const Mask& mask) {
+  const DenseArgs args{view(query), view(key), view(value), pointer<void>(out),
+                       pointer<float>(lse), pointer<float>(columns), pointer<float>(magnitude),
+                       pointer<const uint8_t>(key_padding), batch, heads, kv_heads, q_len, kv_len,
+                       head_dim, value_dim, scale, causal, pointer<const int32_t>(mask.indices),
+                       pointer<const int64_t>(mask.offsets), mask.batch, mask.heads};
+  const nb::gil_scoped_release release;
+  dense_forward(args, static_cast<DenseType>(type), threads);
+}
+
 }  // namespace
 
 void bind_dense(nb::module_& m) {
@@ -26,19 +44,31 @@ void bind_dense(nb::module_& m) {
         [](int type, PyView query, PyView key, PyView value, uintptr_t out, int64_t batch,
            int64_t heads, int64_t kv_heads, int64_t q_len, int64_t kv_len, int64_t head_dim,
            int64_t value_dim, uintptr_t key_padding, bool causal, float scale, uintptr_t lse,
-           uintptr_t columns, uintptr_t magnitude, uintptr_t indices, uintptr_t offsets,
-           int64_t mask_batch, int64_t mask_heads, int threads) {
-          const DenseArgs args{view(query), view(key), view(value), pointer<void>(out),
-                               pointer<float>(lse), pointer<float>(columns),
-                               pointer<float>(magnitude), pointer<const uint8_t>(key_padding),
-                               batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim, scale,
-                               causal, pointer<const int32_t>(indices),
-                               pointer<const int64_t>(offsets), mask_batch, mask_heads};
-          const nb::gil_scoped_release release;
-          dense_forward(args, static_cast<DenseType>(type), threads);
+           uintptr_t columns, uintptr_t magnitude, int threads) {
+          forward(type, query, key, value, out, batch, heads, kv_heads, q_len, kv_len, head_dim,
+                  value_dim, key_padding, causal, scale, lse, columns, magnitude, threads, {});
         });
-  m.def("dense_takes_mask",
-        [](int type) { return dense_takes_mask(static_cast<DenseType>(type)); });
+  m.def("dense_tiles_forward",
+        [](int type, PyView query, PyView key, PyView value, uintptr_t out, int64_t batch,
+           int64_t heads, int64_t kv_heads, int64_t q_len, int64_t kv_len, int64_t head_dim,
+           int64_t value_dim, uintptr_t key_padding, bool causal, float scale, uintptr_t lse,
+           int threads, uintptr_t indices, uintptr_t offsets, int64_t mask_batch,
+           int64_t mask_heads) {
+          forward(type, query, key, value, out, batch, heads, kv_heads, q_len, kv_len, head_dim,
+                  value_dim, key_padding, causal, scale, lse, 0, 0, threads,
+                  {indices, offsets, mask_batch, mask_heads});
+        });
+  m.def("dense_suits_mask",
+        [](int type, uintptr_t indices, uintptr_t offsets, int64_t mask_batch, int64_t mask_heads,
+           int64_t q_len) {
+          DenseArgs args{};
+          args.indices = pointer<const int32_t>(indices);
+          args.offsets = pointer<const int64_t>(offsets);
+          args.mask_batch = mask_batch;
+          args.heads = args.mask_heads = mask_heads;
+          args.q_len = q_len;
+          return dense_suits_mask(args, static_cast<DenseType>(type));
+        });
 }
 
 }  // namespace sparseloom

@@ -25,8 +25,8 @@ struct DenseArgs {
   int64_t batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim;
   float scale;
   bool causal;  // query i sees key j if j <= i + kv_len - q_len
-  // Null: every pair. Else a SparseMask with blocks of MASK_QUERIES x MASK_KEYS, for kernels that
-  // take one; head h of `heads` uses mask head h * mask_heads / heads. No columns then.
+  // Null: every pair. Else a SparseMask with blocks of MASK_QUERIES x MASK_KEYS; head h of `heads`
+  // uses mask head h * mask_heads / heads. No columns then.
   const int32_t* indices;
   const int64_t* offsets;  // (mask_batch, mask_heads, ceil(q_len / MASK_QUERIES) + 1)
   int64_t mask_batch, mask_heads;
@@ -50,7 +50,6 @@ struct DenseKernels {
   void (*attend)(const DenseArgs&, const DenseItem&, const void* shared, void* scratch);
   // Needs args.lse as written by attend.
   void (*columns)(const DenseArgs&, const DenseColumns&, void* scratch);
-  bool takes_mask = false;  // and its block is then 2 * MASK_QUERIES
 };
 
 enum class DenseType : int { fp32 = 0, bf16 = 1, fp16 = 2 };
@@ -61,7 +60,8 @@ SL_TABLE(DenseTable, dense_table)
 
 void dense_forward(const DenseArgs& args, DenseType type, int threads);
 
-// Whether the active tier computes this type under a mask.
-bool dense_takes_mask(DenseType type);
+// Whether the query rows of a block keep so much alike that computing what some of them keep, for
+// all of them, is quicker than gathering the keys of each. Reads the mask and q_len.
+bool dense_suits_mask(const DenseArgs& args, DenseType type);
 
 }  // namespace sparseloom

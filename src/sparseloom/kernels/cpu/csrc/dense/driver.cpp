@@ -5,7 +5,7 @@
 #include <new>
 #include <vector>
 
-#include "dense/dense.hpp"
+#include "dense/mask.hpp"
 #include "threads.hpp"
 
 namespace sparseloom {
@@ -48,8 +48,21 @@ std::vector<DenseItem> query_items(const DenseArgs& a, int64_t block) {
 
 }  // namespace
 
-bool dense_takes_mask(DenseType type) {
-  return active_dense_table().of[static_cast<int>(type)]->takes_mask;
+// How many times faster a kept pair is here than gathered, measured on AVX-512 in fp32 at 64 dims.
+constexpr double ADVANTAGE = 1.5;
+
+bool dense_suits_mask(const DenseArgs& a, DenseType type) {
+  const int64_t block = active_dense_table().of[static_cast<int>(type)]->block;
+  if (block <= MASK_QUERIES) return true;
+  int64_t kept = 0, computed = 0;
+  for (int64_t b = 0; b < a.mask_batch; ++b)
+    for (int64_t h = 0; h < a.heads; ++h)
+      for (int64_t first = 0; first < a.q_len; first += block) {
+        KeptTiles tiles(a, b, h, first, std::min(block, a.q_len - first));
+        for (int r = 0; r < tiles.rows; ++r) kept += tiles.end[r] - tiles.row[r];
+        for (int some; tiles.next(some) >= 0;) computed += tiles.rows;
+      }
+  return static_cast<double>(computed) <= ADVANTAGE * static_cast<double>(kept);
 }
 
 void dense_forward(const DenseArgs& a, DenseType type, int threads) {

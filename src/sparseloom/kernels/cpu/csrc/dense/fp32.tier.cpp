@@ -5,7 +5,8 @@
 namespace sparseloom::SL_TIER::dense {
 namespace {
 
-constexpr int64_t KB = 48;  // keys of a block
+constexpr int64_t KB = 48;                    // keys of a block
+constexpr int64_t MASKED_KB = 2 * MASK_KEYS;  // at most, under a mask
 
 // Rows as fp32: the rows themselves, or a widened copy.
 struct Rows { const float* at; int64_t stride; };
@@ -30,20 +31,62 @@ Scratch layout(const DenseArgs& a, void* memory) {
   Scratch s;
   s.lanes = at;
   s.scores = s.lanes + a.head_dim * QB;
-  s.acc = s.scores + KB * QB;
+  s.acc = s.scores + MASKED_KB * QB;
   s.keys = s.acc + a.value_dim * QB;
-  s.values = s.keys + KB * a.head_dim;
+  s.values = s.keys + MASKED_KB * a.head_dim;
   return s;
 }
 
 size_t scratch_bytes(const DenseArgs& a) {
   return sizeof(float) *
-         static_cast<size_t>((a.head_dim + KB + a.value_dim) * QB + KB * (a.head_dim + a.value_dim));
+         static_cast<size_t>((a.head_dim + MASKED_KB + a.value_dim) * QB +
+                             MASKED_KB * (a.head_dim + a.value_dim));
 }
 
 size_t shared_bytes(const DenseArgs&) { return 0; }
 int64_t shared_parts(const DenseArgs&) { return 0; }
 void prepare(const DenseArgs&, void*, int64_t) {}
+
+// Adjacent keys, and a bit for each block of queries of the mask that keeps them.
+struct Block { int64_t first, count; int kept; };
+
+// The keys that some query of an item may see, block after block.
+struct Blocks {
+  int64_t most;  // last key that a query sees
+  bool masked;
+  KeptTiles tiles;  // under a mask
+  int64_t ahead = -1;  // the tile that ended the last block
+  int kept = 0;
+  int64_t next = 0;  // key, without a mask
+
+  // False when there is none.
+  bool take(Block& block) {
+    if (!masked) {
+      block = {next, most + 1 - next < KB ? most + 1 - next : KB, 0};
+      next += KB;
+      return block.count > 0;
+    }
+    if (ahead < 0) ahead = tiles.next(kept);
+    if (ahead < 0 || ahead * MASK_KEYS > most) return false;
+    block = {ahead * MASK_KEYS, MASK_KEYS, kept};
+    ahead = tiles.next(kept);
+    if (ahead * MASK_KEYS == block.first + MASK_KEYS && kept == block.kept) {
+      block.count += MASK_KEYS;
+      ahead = -1;
+    }
+    if (block.first + block.count > most + 1) block.count = most + 1 - block.first;
+    return true;
+  }
+};
+
+// Scores of n keys become -inf for the queries whose block does not keep them. `offset` of the first
+// lane in its block.
+SL_INLINE void forbid_tiles(int kept, int64_t offset, int64_t n, float* scores) {
+  const F never = set1(-__builtin_inff());
+  for (int v = 0; v < VECTORS; ++v)
+    if (!(kept >> (offset + v * W) / MASK_QUERIES & 1))
+      for (int64_t j = 0; j < n; ++j) store(scores + j * QB + v * W, never);
+}
 
 template <class T>
 void attend(const DenseArgs& a, const DenseItem& item, const void*, void* memory) {
@@ -59,13 +102,17 @@ void attend(const DenseArgs& a, const DenseItem& item, const void*, void* memory
   Stats stats;
   clear(stats);
   for (int64_t i = 0; i < a.value_dim * QB; i += W) store(s.acc + i, zero());
-  for (int64_t j0 = 0; j0 <= lanes.most; j0 += KB) {
-    const int64_t n = lanes.most + 1 - j0 < KB ? lanes.most + 1 - j0 : KB;
+  Blocks blocks = {lanes.most, a.indices != nullptr, {}};
+  if (blocks.masked) blocks.tiles = kept_tiles(a, item);
+  for (Block block; blocks.take(block);) {
+    const int64_t j0 = block.first, n = block.count;
     const int64_t live = count_attended(attended, j0, n);
     if (live == 0) continue;
     const Rows key = widen(keys + j0 * a.key.row, a.key.row, n, a.head_dim, s.keys);
     product<false>(key.at, key.stride, 1, n, s.lanes, a.head_dim, s.scores);
     if (live < n || lanes.least < j0 + n - 1) forbid(lanes, attended, j0, n, s.scores);
+    if (blocks.masked && block.kept != blocks.tiles.all())
+      forbid_tiles(block.kept, item.first % a.q_len % MASK_QUERIES, n, s.scores);
     float shrink[QB];
     if (raise_tops(s.scores, n, 1.0f, stats, shrink)) shrink_rows(s.acc, a.value_dim, shrink);
     for (int v = 0; v < VECTORS; ++v) {

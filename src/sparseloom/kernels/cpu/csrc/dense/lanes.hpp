@@ -1,7 +1,7 @@
 // What the dense kernels share: a block of QB lanes, its products, transposes and row softmax.
 #pragma once
 
-#include "dense/dense.hpp"
+#include "dense/mask.hpp"
 #include "simd.hpp"
 
 namespace sparseloom::SL_TIER::dense {
@@ -193,6 +193,12 @@ static inline void find_lanes(const DenseArgs& a, const DenseItem& item, Queries
     }
   }
   for (int lane = lanes.count; lane < QB; ++lane) lanes.limit[lane] = lanes.most;
+}
+
+// What the rows of an item keep under a mask.
+SL_INLINE KeptTiles kept_tiles(const DenseArgs& a, const DenseItem& item) {
+  const int64_t head = item.kv_head * (a.heads / a.kv_heads) + item.first / a.q_len;
+  return {a, item.batch, head, item.first % a.q_len, item.count};
 }
 
 // Running maximum (in units of log2) and sum of each lane.
