@@ -61,7 +61,7 @@ def one(found: list[Run], name: str, selection: str, configuration: str = "one s
 
 def test_all_have_one_size(comparison: Comparison) -> None:
     names = [one.machine for one in comparison.accelerators]
-    for family in ("spatten", "dota", "elsa", "a3", "mnnfast", "dense"):
+    for family in ("spatten", "dota", "elsa", "a3", "mnnfast", "dense_static", "dense_ideal"):
         assert any(name.startswith(family) for name in names)
     for one in comparison.accelerators:
         machine = one.at("one size")

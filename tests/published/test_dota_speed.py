@@ -164,6 +164,8 @@ def test_figure_17c_adds_up() -> None:
     rows = speed.fig17c(SWEEP, "analytic")
     shares: dict[tuple[str, str], float] = {}
     for row in rows:
+        if "share of" not in row["quantity"]:
+            continue
         name, _, rest = row["quantity"].partition(", DOTA-")
         key = (name, rest[0])
         shares[key] = shares.get(key, 0.0) + row["ours"]
@@ -221,8 +223,10 @@ def test_recorded_workloads_use_what_their_sweep_found(stored: list[dict[str, An
     assert found["basis"] == "predicted"
     assert mine["DOTA-C: attention over V100, unfused: Mine"]["basis"] == "scenario"
     shares = speed.fig17c([*SWEEP, *stored], "analytic")
-    dense = [row["ours"] for row in shares if row["quantity"].startswith("Mine, DOTA-F")]
-    assert sum(dense) == pytest.approx(1)
+    start = "Mine, DOTA-F: "
+    dense = [row for row in shares if row["quantity"].startswith(start)]
+    assert {row["basis"] for row in dense} == {"predicted"}
+    assert sum(row["ours"] for row in dense if "share" in row["quantity"]) == pytest.approx(1)
 
 
 def test_scheduler_and_sensitivity_rows(stored: list[dict[str, Any]]) -> None:

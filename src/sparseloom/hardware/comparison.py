@@ -27,7 +27,8 @@ Configuration = Literal["one size", "as published"]
 EVERYTHING = "every allowed pair"
 SCALING = (
     "energy and area of logic and SRAM at {node} nm by Stillmaker & Baas (2017), each node at its "
-    "nominal voltage; DRAM and MnnFast, an FPGA, are not scaled"
+    "nominal voltage; DRAM is not scaled, and machines that the scaling does not cover (an FPGA, "
+    "5 nm) stand at their own node"
 )
 
 
@@ -46,7 +47,7 @@ class Accelerator(Section):
     name: str
     machine: str
     sized: str | None = None
-    set: dict[str, float | int | str] = Field(default_factory=dict)
+    set: dict[str, bool | float | int | str] = Field(default_factory=dict)
     follows: Literal["every", "dense"] | list[str]
     chooses: bool = False
     computes: str
@@ -286,7 +287,9 @@ def rows(
             "multipliers": roof and roof.operations / 2e9 / machine.config.clock_ghz,
             "gbytes_per_second": roof and roof.bytes / 1e9,
             "node_nm": (
-                budget.node_nm if run.configuration == "one size" else machine.config.technology_nm
+                budget.node_nm
+                if run.configuration == "one size" and one.scale_energy
+                else machine.config.technology_nm
             ),
         }
         if run.report is None:
