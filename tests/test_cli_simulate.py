@@ -150,7 +150,7 @@ def test_all_accelerators_in_one_table(run: Run, tmp_path: Path) -> None:
     for name in ("SpAtten", "DOTA", "A3", "MnnFast", "dense"):
         assert any(line.startswith(name) for line in lines)
     assert "accuracy of keys of its own choice, conservative search is not known" in out
-    assert "Stillmaker & Baas (2017), each node at its nominal voltage" in out
+    assert "40 nm by Stillmaker & Baas at nominal voltages (2017)" in out
     rows = rows_of((tmp_path / "rows.json").read_text("utf-8"))
     assert {row["configuration"] for row in rows} == {"one size", "as published"}
     assert {row["scope"] for row in rows} == {"attention"}

@@ -20,15 +20,16 @@ from sparseloom.hardware.attention_core import number
 from sparseloom.hardware.config import MachineError, Section, checked, find, read_yaml
 from sparseloom.hardware.machine import Machine
 from sparseloom.hardware.report import Report
-from sparseloom.hardware.scaling import area_scale, energy_scale, nominal_volts
+from sparseloom.hardware.scaling import named_scales
 from sparseloom.trace import Selection, Trace, TraceError
 
 Configuration = Literal["one size", "as published"]
 EVERYTHING = "every allowed pair"
+RULE = "Stillmaker & Baas at nominal voltages"
+"""By which energy and area are scaled to the node; rules disagree by much."""
 SCALING = (
-    "energy and area of logic and SRAM at {node} nm by Stillmaker & Baas (2017), each node at its "
-    "nominal voltage; DRAM is not scaled, and machines that the scaling does not cover (an FPGA, "
-    "5 nm) stand at their own node"
+    f"energy and area of logic and SRAM at {{node}} nm by {RULE} (2017); DRAM is not scaled, and "
+    "machines that the scaling does not cover (an FPGA, 5 nm) stand at their own node"
 )
 
 
@@ -197,9 +198,7 @@ def _simulated(run: Run, budget: Budget, trace: Trace, fidelity: str, seed: int)
     by_energy = by_area = 1.0
     here, there = machine.config.technology_nm, budget.node_nm
     if run.configuration == "one size" and run.accelerator.scale_energy and here != there:
-        volts = nominal_volts(here), nominal_volts(there)
-        by_energy = energy_scale(here, there, from_volts=volts[0], to_volts=volts[1])
-        by_area = area_scale(here, there)
+        by_area, by_energy = named_scales(here, there)[RULE]
     energy = {
         part: joules * (1.0 if "dram" in part else by_energy)
         for part, joules in report.energy.items()

@@ -24,6 +24,7 @@ __all__ = ["PAPERS", "Request", "Study", "Table", "find_tables", "reproduce"]
 PAPERS = {
     "dsa_tc_2022": ("dynamic",),
     "dota_asplos_2022": ("dota", "dota_speed", "dota_scheduler"),
+    "elsa_isca_2021": ("elsa_rows",),
     "spatten_hpca_2021": ("spatten_algorithm", "spatten_hw"),
 }
 """Paper → its modules here."""
@@ -31,6 +32,7 @@ PAPERS = {
 ALIASES = {
     "dota": "dota_asplos_2022",
     "dynamic": "dsa_tc_2022",
+    "elsa": "elsa_isca_2021",
     "liu_2022": "dsa_tc_2022",
     "spatten": "spatten_hpca_2021",
 }
