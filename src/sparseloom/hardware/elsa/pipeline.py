@@ -148,7 +148,9 @@ def cycle_by_cycle(head: Head, config: ElsaConfig, rate: Rates, log: Log, start:
     s = config.selection
     banks, selectors = s.banks, s.selectors
     state = np.zeros((3, banks), np.int64)
-    scanning = np.zeros((3, banks * selectors), np.int64)
+    scanning = np.zeros((4, banks * selectors), np.int64)
+    scanning[1] = rate.compare
+    scanning[3] = (np.arange(selectors) * banks + np.arange(banks)[:, None]).reshape(-1)
     queues = make_fifos(banks * selectors, s.queue)
     registers = np.zeros(REGISTERS, np.int64)
     registers[R_NOW] = start
@@ -178,8 +180,8 @@ def _run(
     log: Log,
 ) -> int:
     """state (3, banks): the query of a bank's module, cycles left of its candidate, outputs that
-    wait. scanning (3, selectors): the query of a selector, cycles that it has spent on it, and
-    whether nothing has changed since it had to wait, so that it need not look again."""
+    wait. scanning (4, selectors): the query of a selector, cycles left of its key, whether nothing
+    has changed since it had to wait, so that it need not look again, and its key."""
     banks, selectors = limits[0], limits[1]
     queries, keys = kept.shape
     modules = 1 + banks * selectors
@@ -194,13 +196,15 @@ def _run(
             _step_attention(
                 b, queries, rate, limits, state, scanning, queues, log, modules + b, now
             )
-        for u in range(banks * selectors):
-            if scanning[2, u] == 0:
-                _step_selector(
-                    u, kept, seen, rate, limits, state, scanning, queues, registers, log, now
-                )
+        for b in range(banks):
+            for c in range(selectors):
+                if scanning[2, b * selectors + c] == 0:
+                    _step_selector(
+                        b, c, kept, seen, rate, limits, state, scanning, queues, registers, log, now
+                    )
         if _step_hash(queries, rate, limits, state, registers, log, now):
-            scanning[2] = 0
+            for u in range(banks * selectors):
+                scanning[2, u] = 0
         if registers[R_DIVIDED] != last:
             last, last_change = registers[R_DIVIDED], now
         if now - last_change > _QUIET:
@@ -285,26 +289,29 @@ def _step_attention(
         if query == queries:
             code = IDLE
             break
-        longest, at, passed = 0, -1, 0
+        longest, at = 0, -1
         for u in range(first, first + limits[1]):
             waiting = used(queues, u)
             if waiting > longest and peek(queues, u) == query:
                 longest, at = waiting, u
-            passed += 1 if scanning[0, u] > query else 0
         if at >= 0:
             pop(queues, at)
             scanning[2, at] = 0
             state[1, b] = rate[2]
-        elif passed < limits[1]:
+            break
+        passed = True
+        for u in range(first, first + limits[1]):
+            passed = passed and scanning[0, u] > query
+        if not passed:
             code = ON_CANDIDATES
             break
-        elif state[2, b] == limits[4]:
+        if state[2, b] == limits[4]:
             code = ON_BANKS
             break
-        else:
-            state[2, b] += 1
-            state[0, b] = query + 1
-            scanning[2, first : first + limits[1]] = 0
+        state[2, b] += 1
+        state[0, b] = query + 1
+        for u in range(first, first + limits[1]):
+            scanning[2, u] = 0
     note(log, unit, code, state[0, b] if code != IDLE else -1, now)
     if code == BUSY:
         state[1, b] -= 1
@@ -312,7 +319,8 @@ def _step_attention(
 
 @inlined
 def _step_selector(
-    u: int,
+    b: int,
+    c: int,
     kept: np.ndarray,
     seen: np.ndarray,
     rate: np.ndarray,
@@ -326,40 +334,36 @@ def _step_selector(
 ) -> None:
     """The next key of a selector: compared, and queued if it is a candidate."""
     banks, selectors = limits[0], limits[1]
-    query, at = scanning[0, u], scanning[1, u]
-    bank = u // selectors
-    unit = 1 + u
+    u = b * selectors + c
+    query, key = scanning[0, u], scanning[3, u]
     scanning[2, u] = 1
     if query == kept.shape[0]:
-        note(log, unit, IDLE, -1, now)
+        note(log, 1 + u, IDLE, -1, now)
         return
     if query >= registers[R_HASHED]:
-        note(log, unit, ON_HASH, query, now)
+        note(log, 1 + u, ON_HASH, query, now)
         return
-    if query - state[0, bank] > limits[2]:
-        note(log, unit, ON_ATTENTION, query, now)
+    if query - state[0, b] > limits[2]:
+        note(log, 1 + u, ON_ATTENTION, query, now)
         return
-    offset = (u - bank * selectors) * banks + bank
-    step = banks * selectors
-    count = max(0, (seen[query] - offset + step - 1) // step)
-    key = at // rate[1]
-    if key < count:
-        final = at + 1 == (key + 1) * rate[1]
-        if final and kept[query, key * step + offset]:
+    if key < seen[query]:
+        if scanning[1, u] == 1 and kept[query, key]:
             if full(queues, u):
-                note(log, unit, ON_QUEUE, query, now)
+                note(log, 1 + u, ON_QUEUE, query, now)
                 return
             push(queues, u, query)
-        scanning[2, u] = 0
-        note(log, unit, BUSY, query, now)
-        scanning[1, u] = at + 1
-        key = (at + 1) // rate[1]
+        note(log, 1 + u, BUSY, query, now)
+        scanning[1, u] -= 1
+        if scanning[1, u] == 0:
+            scanning[1, u] = rate[1]
+            key += banks * selectors
     else:
-        scanning[2, u] = 0
-        note(log, unit, IDLE, query, now)  # it has no key that the query may see
-    if key >= count:
+        note(log, 1 + u, IDLE, query, now)  # it has no key that the query may see
+    scanning[2, u] = 0
+    scanning[3, u] = key
+    if key >= seen[query]:
         scanning[0, u] = query + 1
-        scanning[1, u] = 0
+        scanning[3, u] = c * banks + b
 
 
 @inlined
