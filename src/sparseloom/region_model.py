@@ -181,7 +181,11 @@ def integer_attention(
         for work in works:
             rows, columns, values = (
                 low_codes(x, work.region.low_precision_shift)
-                for x in (query[work.queries], _codes(key, work, valid), _codes(value, work, valid))
+                for x in (
+                    query[work.queries],
+                    operand_codes(key, work, valid),
+                    operand_codes(value, work, valid),
+                )
             )
             scores = _product(rows, columns.T) * (factor * _LOG2E) + np.log2(work.counts)
             state, powers = add_run(form, state, score_codes(form, scores), work.allowed)
@@ -223,9 +227,10 @@ def _means(
     return there.reshape(-1, size, rows.shape[1]).sum(1) / work.counts[:, None]
 
 
-def _codes(
+def operand_codes(
     rows: Int64[np.ndarray, "kv_len dim"], work: RunWork, n_valid: int
 ) -> Int64[np.ndarray, "keys dim"]:
+    """A run's keys (or values) as 8-bit codes: segments as their rounded means."""
     return np.rint(_means(rows.astype(np.float64), work, n_valid)).astype(np.int64)
 
 
