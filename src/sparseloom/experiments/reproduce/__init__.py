@@ -26,6 +26,7 @@ PAPERS = {
     "dota_asplos_2022": ("dota", "dota_speed", "dota_scheduler"),
     "elsa_isca_2021": ("elsa_rows",),
     "spatten_hpca_2021": ("spatten_algorithm", "spatten_hw"),
+    "static_dac_2023": ("static",),
 }
 """Paper → its modules here."""
 
@@ -35,6 +36,8 @@ ALIASES = {
     "elsa": "elsa_isca_2021",
     "liu_2022": "dsa_tc_2022",
     "spatten": "spatten_hpca_2021",
+    "static": "static_dac_2023",
+    "dai_2023": "static_dac_2023",
 }
 """Other name → paper."""
 
@@ -74,11 +77,13 @@ class Study:
         file: where they lie in the folder of results.
         run: runs it; None where it is no part of `--run`, and `command` says how.
         command: what else writes the file.
+        optional: the table has rows without it, too.
     """
 
     file: str
     run: Callable[[Request], list[Row]] | None = None
     command: str = ""
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +167,12 @@ def stored_rows(table: Table, results: Path) -> list[Row]:
     """Rows of the studies that a table rests on, of all that are stored.
 
     Raises:
-        FileNotFoundError: none is.
+        FileNotFoundError: none is, and the table has no rows without.
     """
     from sparseloom.results import read_results
 
     there = [study.file for study in table.studies if (results / study.file).is_file()]
-    if not there:
+    if not there and not all(study.optional for study in table.studies):
         files = " and ".join(str(results / study.file) for study in table.studies)
         verb = "is" if len(table.studies) == 1 else "are"
         runs = any(study.run for study in table.studies)
@@ -188,13 +193,15 @@ def missing_files(table: Table, results: Path) -> Sequence[str]:
 
 def is_stored(table: Table, results: Path) -> bool:
     """Whether the table has what it needs: no study, or one that is stored."""
-    return not table.studies or len(missing_files(table, results)) < len(table.studies)
+    found = len(table.studies) - len(missing_files(table, results))
+    return found > 0 or all(study.optional for study in table.studies)
 
 
 def _run(table: Table, request: Request, results: Path, command: str | None) -> None:
     from sparseloom.results import write_results
 
-    if all(study.run is None for study in table.studies):
+    needed = [study for study in table.studies if not study.optional]
+    if needed and all(study.run is None for study in needed):
         raise ValueError(
             f"{table.paper} {table.name} is not run from here: "
             f"{table.studies[0].command} writes {table.studies[0].file}"

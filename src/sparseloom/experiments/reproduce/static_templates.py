@@ -90,14 +90,15 @@ def selection(name: str, layers: Sequence[Sequence[HeadRegions]], length: int) -
     return Selection(name, tuple(calls))
 
 
-def tile_mask(heads: Sequence[HeadRegions], length: int) -> MaskArrays:
+def tile_mask(heads: Sequence[HeadRegions], length: int, *, is_causal: bool = False) -> MaskArrays:
     """The tiles of 16 queries by 32 keys that the regions of some heads own."""
     owned = np.stack([owners(regions, length, length) >= 0 for regions in heads])
     counts = np.concatenate([[0], np.cumsum(owned.sum(axis=2, dtype=np.int64).reshape(-1))])
     tiles = owned.shape[1]
     at = np.arange(len(heads))[:, None] * tiles + np.arange(tiles + 1)
     indices = np.nonzero(owned)[2].astype(np.int32)
-    return MaskArrays(indices, counts[at][None].astype(np.int64), (16, 32), length, length)
+    offsets = counts[at][None].astype(np.int64)
+    return MaskArrays(indices, offsets, (16, 32), length, length, is_causal)
 
 
 def template_trace(length: int) -> Trace:
