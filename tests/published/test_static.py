@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sparseloom.experiments import static_cost
-from sparseloom.experiments.reproduce import find_tables, is_stored, stored_rows
+from sparseloom.experiments.reproduce import Study, Table, find_tables, is_stored, stored_rows
 from sparseloom.experiments.reproduce import reproduce as make
 from sparseloom.experiments.reproduce import static_learned as learned
 from sparseloom.experiments.reproduce import static_machine as machine
@@ -95,7 +95,7 @@ def test_what_is_not_stored_is_named(tmp_path: Path) -> None:
 
 
 def test_a_table_without_optional_studies_still_needs_one(tmp_path: Path) -> None:
-    (table,) = find_tables("dynamic", "table1")
+    table = Table("paper", "table", learned.accuracy, (Study("a.json"), Study("b.json")))
     assert not is_stored(table, tmp_path)
     with pytest.raises(FileNotFoundError, match="rests on a stored study"):
         stored_rows(table, tmp_path)
@@ -150,7 +150,7 @@ def test_learned_masks_on_the_machine() -> None:
     known = templates(128)
     words = encode_heads([known["local"], known["coarse"]])
     shape = encoder(128, layers=2, heads=2).model
-    rows = [
+    rows: list[dict[str, Any]] = [
         {**row, "task": "made up"}
         for row in static_cost.costs(shape, lambda length, layer: words, [128])
     ]

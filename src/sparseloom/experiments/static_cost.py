@@ -117,12 +117,12 @@ def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[st
         ValueError: no folder, or a model without regions.
     """
     del out, data
-    from sparseloom.integrations import describe
-    from sparseloom.training import load
-
     folders = [Path(word) for word in study.folders.split(",") if word]
     if not folders:
         raise ValueError("folders must name at least one model with regions, got none")
+    from sparseloom.integrations import describe
+    from sparseloom.training import load
+
     found: list[dict[str, Any]] = []
     for folder in folders:
         model, method = load(folder)

@@ -170,10 +170,10 @@ def length() -> list[Row]:
     """The same mix of templates at 128 to 2048 tokens: speed-up, energy, and tiles of work."""
     found: list[Row] = []
     for tokens in LENGTHS:
+        at = f"{tokens} tokens"
         for reading in READINGS:
             got = gain(reading, tokens)
             about = f"{_CORE}, analytic, read as {reading}"
-            at = f"{tokens} tokens"
             found.append(_own("length", f"{at}: speed-up ({about})", 1 / got.cycles))
             found.append(_own("length", f"{at}: change of energy ({about})", got.energy - 1))
         if tokens in (512, 1024):
@@ -181,7 +181,7 @@ def length() -> list[Row]:
             about = f"{_CORE}, analytic, read as latency, buffers for all keys"
             found.append(_own("length", f"{at}: speed-up ({about})", 1 / wide.cycles))
         share = gain("latency", tokens).tiles
-        found.append(_own("length", f"{tokens} tokens: tiles of work over all", share))
+        found.append(_own("length", f"{at}: tiles of work over all", share))
     return found
 
 

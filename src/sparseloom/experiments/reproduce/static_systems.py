@@ -14,7 +14,7 @@ import numpy as np
 
 from sparseloom import hardware
 from sparseloom.experiments.reproduce import Study
-from sparseloom.experiments.reproduce.dota import SIGMA, even_mask
+from sparseloom.experiments.reproduce.dota_benchmarks import SIGMA, even_mask
 from sparseloom.experiments.reproduce.rows import Row, row
 from sparseloom.experiments.reproduce.static_learned import (
     COST,
