@@ -16,93 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float64, Int64
-from pydantic import Field
 
-from sparseloom.hardware.config import Section
-from sparseloom.hardware.machine import MachineConfig
+from sparseloom.hardware.dota.config import DotaConfig, Rmmu
 from sparseloom.trace import AttentionCall, Operator, PredictorShape, Workload
 
-_FOLDED = ("attention_output", "ffn", "head")  # Lanes hold partial sums of these products
-
-
-class Rmmu(Section):
-    """The reconfigurable multi-precision matrix unit of a Lane."""
-
-    rows: int = Field(ge=1)
-    columns: int = Field(ge=1)
-    base_bits: int = Field(ge=1)
-    stream_bits: int = Field(ge=1)
-    multiplier: Literal["quadratic", "linear"]
-
-    @property
-    def elements(self) -> int:
-        """Processing elements."""
-        return self.rows * self.columns
-
-    def products(self, bits: int) -> int:
-        """Products of `bits` operands per element and cycle; 1 from the base width upwards."""
-        ratio = max(1, self.base_bits // bits)
-        return ratio * ratio if self.multiplier == "quadratic" else ratio
-
-
-class Detector(Section):
-    """How many queries are selected for together."""
-
-    parallel_queries: int = Field(ge=1)
-
-
-class Mfu(Section):
-    """The multi-function unit of a Lane."""
-
-    exponentials_per_cycle: int = Field(ge=1)
-    divisions_per_cycle: int = Field(ge=1)
-    elements_per_cycle: int = Field(ge=1)
-
-
-class Accumulator(Section):
-    """The adders that join the Lanes' partial sums."""
-
-    additions_per_cycle: int = Field(ge=1)
-
-
-class Sram(Section):
-    """The buffer of a Lane."""
-
-    kib_per_lane: int = Field(ge=1)
-
-
-class Dram(Section):
-    """A flat bandwidth."""
-
-    preset: str
-    gbytes_per_second: float = Field(gt=0)
-
-
-class ClosedForm(Section):
-    """What the formulas charge; the machine file says what each choice means."""
-
-    pairs: Literal["allowed", "square"]
-    lane_balance: Literal["measured", "ideal"]
-    detection: Literal["ideal", "whole_words"]
-    memory: Literal["bandwidth", "ideal"]
-
-
-class DotaConfig(MachineConfig):
-    """A machine file of kind `dota`."""
-
-    kind: Literal["dota"]  # pyright: ignore[reportIncompatibleVariableOverride]
-    lanes: int = Field(ge=1)
-    rmmu: Rmmu
-    detector: Detector
-    mfu: Mfu
-    accumulator: Accumulator
-    sram: Sram
-    dram: Dram
-    closed_form: ClosedForm
+FOLDED = ("attention_output", "ffn", "head")  # Lanes hold partial sums of these products
 
 
 @dataclass(frozen=True)
@@ -139,16 +60,17 @@ def operator_costs(
     if operator.is_attention:
         return list(_attention(config, workload, operator, call or AttentionCall()))
     gemm = operator.kind == "gemm"
-    one = _gemm(config, operator, input_is_here) if gemm else _elements(config, operator)
+    one = gemm_cost(config, operator, input_is_here) if gemm else elements_cost(config, operator)
     return [[one]] * operator.batch
 
 
-def _gemm(config: DotaConfig, operator: Operator, input_is_here: bool) -> Cost:
+def gemm_cost(config: DotaConfig, operator: Operator, input_is_here: bool) -> Cost:
+    """A product of one sequence; `input_is_here` as in `operator_costs`."""
     rmmu, lanes = config.rmmu, config.lanes
     macs = operator.rows * operator.inner * operator.columns
     outputs = operator.rows * operator.columns
     width = rmmu.base_bits / 8
-    folded = operator.role in _FOLDED
+    folded = operator.role in FOLDED
     additions = outputs * lanes / config.accumulator.additions_per_cycle if folded else 0.0
     # Queries, keys and values stay in the Lane that made them, and so does what attention gives.
     moved = operator.inner * operator.columns
@@ -166,7 +88,8 @@ def _gemm(config: DotaConfig, operator: Operator, input_is_here: bool) -> Cost:
     )
 
 
-def _elements(config: DotaConfig, operator: Operator) -> Cost:
+def elements_cost(config: DotaConfig, operator: Operator) -> Cost:
+    """Norms or activations of one sequence."""
     elements = operator.rows * operator.columns
     return Cost(
         "hidden",
@@ -196,23 +119,26 @@ def _attention(
         stages: list[Cost] = []
         if call.predictor is not None and alive.any():
             stages.append(
-                _detection(config, workload.model.hidden_size, operator, call.predictor, here[0])
+                detection_cost(
+                    config, workload.model.hidden_size, operator, call.predictor, here[0]
+                )
             )
-        stages.append(_kept(config, operator, *here))
+        stages.append(kept_cost(config, operator, *here))
         yield stages
 
 
-def _detection(
+def detection_cost(
     config: DotaConfig,
     hidden_size: int,
     operator: Operator,
     predictor: PredictorShape,
     pairs: Float64[np.ndarray, "heads"],
 ) -> Cost:
+    """The predictor of one sequence's call, for these pairs in each head that is alive."""
     rmmu, bits = config.rmmu, predictor.bits
     width = predictor.head_dim
     if config.closed_form.detection == "whole_words":
-        word = max(1, rmmu.stream_bits // bits)
+        word = rmmu.word(bits)
         width = -(-width // word) * word
     products = rmmu.products(bits)
     # New tokens are projected as queries and as keys; a cross-attention has its keys beside it.
@@ -224,7 +150,7 @@ def _detection(
     element_cycles = (projections + scores) / products
     code_bytes = predictor.head_dim * bits / 8
     reads = pairs.sum() / config.detector.parallel_queries * code_bytes + pairs.sum() / 8
-    cached = 0 if _resident(config, operator) else operator.kv_len * code_bytes * pairs.size
+    cached = 0 if resident(config, operator) else operator.kv_len * code_bytes * pairs.size
     weights = 2 * hidden_size * code_bytes * pairs.size
     return Cost(
         "detection",
@@ -237,7 +163,7 @@ def _detection(
     )
 
 
-def _kept(
+def kept_cost(
     config: DotaConfig,
     operator: Operator,
     allowed: Float64[np.ndarray, "heads"],
@@ -246,16 +172,21 @@ def _kept(
     key_loads: Float64[np.ndarray, "heads"],
     value_loads: Float64[np.ndarray, "heads"],
 ) -> Cost:
+    """Attention of one sequence's call on what is kept, head by head.
+
+    allowed, kept, values: pairs that may be kept, pairs of Q·Kᵀ, pairs of P·V; key_loads,
+    value_loads: vectors read for them.
+    """
     width = config.rmmu.base_bits / 8
     macs = kept * operator.head_dim + values * operator.value_dim
-    softmax = kept / min(config.mfu.exponentials_per_cycle, config.mfu.divisions_per_cycle)
+    softmax = kept / config.mfu.scores_per_cycle
     cycles = np.maximum(macs / config.rmmu.elements, softmax)
     vectors = key_loads * operator.head_dim + value_loads * operator.value_dim
     both = operator.head_dim + operator.value_dim
     rows = operator.q_len * both * kept.size
     earlier = max(0, operator.kv_len - operator.q_len)
     moved = 0.0
-    if not _resident(config, operator):
+    if not resident(config, operator):
         moved = float(vectors.sum()) + rows
     elif operator.kind == "attention":
         moved = float(earlier * both * kept.size)
@@ -273,7 +204,7 @@ def _kept(
     )
 
 
-def _resident(config: DotaConfig, operator: Operator) -> bool:
+def resident(config: DotaConfig, operator: Operator) -> bool:
     """Whether the keys and values of one head are in the Lane's SRAM while attention runs.
 
     While tokens are generated they never are: the caches of all layers would have to fit.
