@@ -314,8 +314,8 @@ def test_fidelity_and_selection_are_checked() -> None:
     trace = Trace(workload())
     with pytest.raises(ValueError, match="fidelity must be one of analytic, cycle, rtl, got 'x'"):
         machine.simulate(trace, fidelity="x")
-    with pytest.raises(NotImplementedError, match="has fidelity analytic, got 'cycle'"):
-        machine.simulate(trace, fidelity="cycle")
+    with pytest.raises(NotImplementedError, match="has fidelity analytic, cycle, got 'rtl'"):
+        machine.simulate(trace, fidelity="rtl")
     with pytest.raises(ValueError, match="no selection 'oracle'"):
         machine.simulate(trace, "oracle")
 

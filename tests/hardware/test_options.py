@@ -48,9 +48,9 @@ def test_a_machine_that_draws_nothing_names_no_seed(trace: Trace) -> None:
 
 
 def test_a_window_of_a_machine_without_events_is_refused(trace: Trace) -> None:
-    said = "dota_asplos_2022 logs no events at fidelity 'analytic', got window 0:10"
+    said = "mnnfast_isca_2019 logs no events at fidelity 'analytic', got window 0:10"
     with pytest.raises(NotImplementedError, match=re.escape(said)):
-        hardware.load("dota_asplos_2022").simulate(trace, "dense", window=(0, 10))
+        hardware.load("mnnfast_isca_2019").simulate(trace, "dense", window=(0, 10))
     with pytest.raises(NotImplementedError, match=re.escape("(it does at cycle)")):
         hardware.load("spatten_hpca_2021").simulate(trace, "dense", window=(0, 10))
 

@@ -13,7 +13,8 @@ from sparseloom.hardware.dota.config import DotaConfig
 from sparseloom.hardware.dota.groups import Lowering
 from sparseloom.hardware.dota.lane import run_lane
 from sparseloom.hardware.dota.products import Feed, plan, run_elements, run_product
-from sparseloom.hardware.engine.log import Log, close, make_log, note
+from sparseloom.hardware.dota.tell import tell
+from sparseloom.hardware.engine.log import Log, close, make_log
 from sparseloom.hardware.report import Stage
 from sparseloom.trace import AttentionCall, Operator, Selection, Workload
 
@@ -198,8 +199,8 @@ class Accelerator:
         last = max(ends)
         for lane, end in enumerate(ends):
             if end < last:
-                note(self.log, lane * st.PER_LANE + st.ARRAY, st.ON_LANES, -1, end)
-            note(self.log, lane * st.PER_LANE + st.ARRAY, st.IDLE, -1, last)
+                tell(self.log, lane * st.PER_LANE + st.ARRAY, st.ON_LANES, -1, end)
+            tell(self.log, lane * st.PER_LANE + st.ARRAY, st.IDLE, -1, last)
         self.now = self._mfu = last
         moved = sum(cost.dram_bytes for cost in work.costs)
         self.tally.costs += work.costs
@@ -214,7 +215,7 @@ class Accelerator:
         """Until all norms are done."""
         for lane in range(self.config.lanes):
             if self._mfu > self.now:
-                note(self.log, lane * st.PER_LANE + st.ARRAY, st.ON_MFU, -1, self.now)
+                tell(self.log, lane * st.PER_LANE + st.ARRAY, st.ON_MFU, -1, self.now)
         self.now = max(self.now, self._mfu)
 
     def _drain(self) -> None:
@@ -224,8 +225,8 @@ class Accelerator:
         for lane in range(self.config.lanes):
             unit = lane * st.PER_LANE + st.ARRAY
             if end > self.now:
-                note(self.log, unit, st.ON_DRAM, -1, self.now)
-            note(self.log, unit, st.IDLE, -1, max(self.now, end))
+                tell(self.log, unit, st.ON_DRAM, -1, self.now)
+            tell(self.log, unit, st.IDLE, -1, max(self.now, end))
         self.now = max(self.now, end)
         self._mfu = self.now
         # The next sequence brings its own inputs; its first weights arrive with them.

@@ -93,7 +93,7 @@ class Lowering:
         c = self.config
         parallel = min(c.detector.parallel_queries, operator.q_len)
         alive = np.ones(operator.heads, np.bool_) if call.heads_alive is None else call.heads_alive
-        heads = np.flatnonzero(alive)
+        heads = [int(h) for h in np.flatnonzero(alive)]
         valid = None if padding is None else padding[min(sequence, len(padding) - 1)]
         visible = _visible(operator, valid)
         keys = [self._loads(operator, call, call.mask, valid, sequence, h) for h in heads]
@@ -102,12 +102,12 @@ class Lowering:
             values = [
                 self._loads(operator, call, call.value_mask, valid, sequence, h) for h in heads
             ]
-        shown = np.full(heads.size, float(visible.sum()))
+        shown = np.full(len(heads), float(visible.sum()))
         costs: list[Cost] = []
         detect_bytes = 0
-        if call.predictor is not None and heads.size:
+        if call.predictor is not None and heads:
             found = detection_cost(c, self.hidden_size, operator, call.predictor, shown)
-            detect_bytes = round(found.dram_bytes / heads.size)
+            detect_bytes = round(found.dram_bytes / len(heads))
             costs.append(found)
         macs = sum(
             float(k.counts.sum()) * operator.head_dim + float(v.counts.sum()) * operator.value_dim

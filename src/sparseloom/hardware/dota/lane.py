@@ -35,11 +35,15 @@ from sparseloom.hardware.dota.state import (
     R_HELD,
     R_MFU,
     R_PROJECTED,
+    R_ROOM,
+    R_SCAN,
+    R_SCANS,
     SCHEDULER,
     T_DONE,
     T_HEAD,
     T_ISSUED,
     T_KEYS,
+    T_QUEUED,
     T_READY,
     T_SCORED,
     T_SORTED,
@@ -47,8 +51,9 @@ from sparseloom.hardware.dota.state import (
     LaneState,
     Sizes,
 )
-from sparseloom.hardware.engine.compiled import compiled, inlined
-from sparseloom.hardware.engine.log import Log, note
+from sparseloom.hardware.dota.tell import tell
+from sparseloom.hardware.engine.compiled import compiled
+from sparseloom.hardware.engine.log import Log
 
 GROUP = (
     "key_from", "key_to", "value_from", "value_to", "key_steps", "value_steps", "in_order",
@@ -73,6 +78,210 @@ head_bytes: from DRAM before a head's detection; key_bytes, value_bytes: vectors
 
 _LEAD = 2  # cycles before a product starts in which its first operands may be read
 _NEVER = 1 << 60
+
+
+@compiled
+def _fetch(z: Sizes, s: LaneState, log: Log, lane: int, at: int, size: int) -> int:
+    """Ask for `size` bytes at cycle `at`; the cycle from which all are there."""
+    if size == 0:
+        return at
+    unit = lane * PER_LANE + PORT
+    begin = max(s.port[0], float(at + z.dram_latency))
+    tell(log, unit, BUSY, -1, int(begin))
+    s.port[0] = begin + size / z.bytes_per_cycle
+    end = int(np.ceil(s.port[0]))
+    tell(log, unit, IDLE, -1, end)
+    return end
+
+
+@compiled
+def _ask(z: Sizes, s: LaneState, log: Log, lane: int, groups: np.ndarray, now: int) -> None:
+    """Ask for what the next head needs from DRAM before it can be detected."""
+    g = s.registers[R_ASKED]
+    while g < groups.shape[0] and groups[g, G_HEAD_BYTES] == 0:
+        g += 1
+    if g < groups.shape[0]:
+        s.times[g, T_HEAD] = _fetch(z, s, log, lane, now, groups[g, G_HEAD_BYTES])
+    s.registers[R_ASKED] = g + 1
+
+
+@compiled
+def _detect(
+    z: Sizes,
+    s: LaneState,
+    log: Log,
+    lane: int,
+    unit: int,
+    groups: np.ndarray,
+    now: int,
+    first_tag: int,
+) -> int:
+    """The next job of detection, on `unit` from cycle `now` on; when it ends.
+
+    At the first group of a head the predictor's queries and keys are made, and quantised behind
+    the array; then every group has its scores compared and its keys sorted.
+    """
+    r = s.registers
+    g = r[R_DETECTED]
+    if r[R_PROJECTED] == 0 and groups[g, G_PROJECT] > 0:
+        tell(log, unit, BUSY, first_tag + g, now)
+        begin = max(now, r[R_MFU])
+        tell(log, lane * PER_LANE + MFU, BUSY, first_tag + g, begin)
+        r[R_MFU] = begin + groups[g, G_REQUANTISE]
+        tell(log, lane * PER_LANE + MFU, IDLE, -1, r[R_MFU])
+        now += groups[g, G_PROJECT]
+        r[R_CODES] = max(now, r[R_MFU])
+        r[R_PROJECTED] = 1
+        return now
+    if groups[g, G_HEAD_BYTES] > 0 and r[R_ASKED] == g + 1:
+        # While this head is at work the next one's bytes arrive, if there is room.
+        ahead = g + 1
+        while ahead < groups.shape[0] and groups[ahead, G_HEAD_BYTES] == 0:
+            ahead += 1
+        if ahead < groups.shape[0]:
+            both = groups[g, G_HEAD_BYTES] + groups[ahead, G_HEAD_BYTES]
+            if both <= z.capacity:
+                _ask(z, s, log, lane, groups, now)
+    sorting = now
+    work = groups[g, G_DETECT]
+    if work > 0:
+        tell(log, unit, BUSY, first_tag + g, now)
+        now += work
+        if groups[g, G_COMPARE] > work:
+            tell(log, unit, ON_DETECTOR, -1, now)
+            now += groups[g, G_COMPARE] - work
+    if g > 0:
+        sorting = max(sorting, s.times[g - 1, T_SORTED])
+    if g >= z.ahead:
+        # The buffers of an earlier group are free once it is issued.
+        sorting = max(sorting, s.times[g - z.ahead, T_ISSUED])
+    end = sorting + (groups[g, G_PUSHES] + z.pushes_per_cycle - 1) // z.pushes_per_cycle
+    if work > 0:
+        end = max(end, now + z.detector_latency)
+    if end > sorting:
+        tell(log, lane * PER_LANE + DETECTOR, BUSY, first_tag + g, sorting)
+        tell(log, lane * PER_LANE + DETECTOR, IDLE, -1, end)
+    s.times[g, T_SORTED] = end
+    s.times[g, T_ISSUED] = end
+    s.times[g, T_KEYS] = _fetch(z, s, log, lane, end, groups[g, G_KEY_BYTES])
+    s.times[g, T_VALUES] = _fetch(z, s, log, lane, end, groups[g, G_VALUE_BYTES])
+    r[R_HELD] += groups[g, G_KEY_BYTES] + groups[g, G_VALUE_BYTES]
+    r[R_DETECTED], r[R_PROJECTED] = g + 1, 0
+    return now
+
+
+@compiled
+def _queued(z: Sizes, s: LaneState, groups: np.ndarray, g: int) -> int:
+    """When all steps of group g are in the queue, or as many as fit: then its product may start."""
+    r = s.registers
+    at = s.times[g, T_SORTED]
+    if g > 0:
+        at = max(at, s.times[g - 1, T_ISSUED] - 1)
+    if groups[g, G_IN_ORDER] == 1 or groups[g, G_KEY_STEPS] == 0:
+        return s.times[g, T_SORTED]
+    scan, scans, room = r[R_SCAN], r[R_SCANS], r[R_ROOM]
+    for _ in range(min(groups[g, G_KEY_STEPS], z.queue)):
+        at = max(at, s.taken[0, room] + 1, scan + (1 if scans == z.steps_per_cycle else 0))
+        scans = scans + 1 if at == scan else 1
+        scan = at
+        room = 0 if room + 1 == z.queue else room + 1
+    return at + 1
+
+
+@compiled
+def _product(
+    z: Sizes,
+    s: LaneState,
+    log: Log,
+    lane: int,
+    now: int,
+    g: int,
+    tag: int,
+    issuing: bool,
+    width: int,
+    beats: int,
+    in_order: int,
+    steps: int,
+    at: int,
+    to: int,
+    step_of: np.ndarray,
+    key_of: np.ndarray,
+) -> int:
+    """Scores (issuing) or values of one group from cycle `now` on; the cycle in which they end.
+
+    A step waits for its turn in the queue, its operands for their banks, the step for the last of
+    its operands. For the values the stored order takes the place of the scheduler.
+    """
+    r = s.registers
+    unit = lane * PER_LANE + ARRAY
+    scheduler = lane * PER_LANE + SCHEDULER
+    per = z.per_query
+    free = now * per  # in products of one element
+    if in_order == 1:
+        # Vectors that lie one after another meet no conflict; bandwidth may limit them.
+        read = (steps * beats * per + z.banks - 1) // z.banks
+        end = (free + steps * width + per - 1) // per
+        tell(log, unit, BUSY, tag, now)
+        if read > steps * width:
+            tell(log, unit, ON_SRAM, tag, end)
+            end = (free + read + per - 1) // per
+        return end
+    # Vectors that fill whole sets of banks meet as sets.
+    sets = z.banks // beats if z.banks % beats == 0 else 0
+    issued = s.times[g, T_SORTED]
+    if g > 0:
+        issued = max(issued, s.times[g - 1, T_ISSUED] - 1)
+    which = 0 if issuing else 1
+    room = r[R_ROOM + which]
+    if at == to:
+        return now
+    tell(log, unit, BUSY, tag, now)
+    while at < to:
+        step = step_of[at]
+        ask = s.taken[which, room] + 1
+        if issuing:
+            turn = max(issued, r[R_SCAN] + (1 if r[R_SCANS] == z.steps_per_cycle else 0))
+            if ask > turn:
+                tell(log, scheduler, ON_QUEUE, tag, turn)
+            issued = max(ask, turn)
+            tell(log, scheduler, BUSY, tag, issued)
+            r[R_SCANS] = r[R_SCANS] + 1 if issued == r[R_SCAN] else 1
+            r[R_SCAN] = issued
+            ask = issued
+        ask = max(ask, now - _LEAD)
+        there = ask + 1
+        while at < to and step_of[at] == step:
+            if z.conflicts == 0:
+                served = max(s.banks[z.banks], ask * z.banks) + beats
+                s.banks[z.banks] = served
+                there = max(there, (served + z.banks - 1) // z.banks)
+            elif sets > 0:
+                bank = key_of[at] % sets
+                served = max(s.banks[bank], ask)
+                s.banks[bank] = served + 1
+                there = max(there, served + 1)
+            else:
+                first = key_of[at] * beats
+                for beat in range(beats):
+                    bank = (first + beat) % z.banks
+                    served = max(s.banks[bank], ask)
+                    s.banks[bank] = served + 1
+                    there = max(there, served + 1)
+            at += 1
+        if there * per > free:
+            gap = (free + per - 1) // per
+            if there > gap:
+                tell(log, unit, ON_SRAM if there > ask + 1 else ON_SCHEDULER, tag, gap)
+                tell(log, unit, BUSY, tag, there)
+            free = there * per
+        s.taken[which, room] = free // per
+        room = 0 if room + 1 == z.queue else room + 1
+        free += width
+    r[R_ROOM + which] = room
+    if issuing:
+        s.times[g, T_ISSUED] = issued + 1
+        tell(log, scheduler, IDLE, -1, issued + 1)
+    return (free + per - 1) // per
 
 
 @compiled
@@ -127,14 +336,16 @@ def run_lane(
             if z.split == 1:
                 unit = lane * PER_LANE + DETECTING
                 if at_detect > begin:
-                    note(log, unit, ON_DRAM if r[R_PROJECTED] == 0 else ON_MFU, -1, begin)
+                    tell(log, unit, ON_DRAM if r[R_PROJECTED] == 0 else ON_MFU, -1, begin)
                 detecting = _detect(z, s, log, lane, unit, groups, at_detect, first_tag)
-                note(log, unit, IDLE, -1, detecting)
+                tell(log, unit, IDLE, -1, detecting)
                 continue
         if done < scored:
             at_values = max(s.times[done, T_READY], s.times[done, T_VALUES])
         if scored < g and scored - done < z.in_flight:
-            at_scores = max(_queued(z, s, groups, scored), s.times[scored, T_KEYS])
+            if s.times[scored, T_QUEUED] == 0:
+                s.times[scored, T_QUEUED] = _queued(z, s, groups, scored)
+            at_scores = max(s.times[scored, T_QUEUED], s.times[scored, T_KEYS])
         earliest = min(at_detect, at_values, at_scores)
         if earliest > now:
             cause = ON_SCHEDULER
@@ -146,7 +357,7 @@ def run_lane(
                 cause = ON_DRAM
             elif s.times[scored, T_SORTED] > now:
                 cause = ON_DETECTOR
-            note(log, array, cause, -1, now)
+            tell(log, array, cause, -1, now)
             now = earliest
         if at_detect <= now:
             now = _detect(z, s, log, lane, array, groups, now, first_tag)
@@ -170,217 +381,13 @@ def run_lane(
             s.times[g, T_SCORED] = now
             begin = max(now, r[R_MFU])
             unit = lane * PER_LANE + MFU
-            note(log, unit, BUSY, first_tag + g, begin)
+            tell(log, unit, BUSY, first_tag + g, begin)
             r[R_MFU] = begin + groups[g, G_SOFTMAX]
-            note(log, unit, IDLE, -1, r[R_MFU])
+            tell(log, unit, IDLE, -1, r[R_MFU])
             # Three passes over a row, pipelined: the next two follow the last row's first.
             s.times[g, T_READY] = r[R_MFU]
             if groups[g, G_SOFTMAX] > 0:
                 s.times[g, T_READY] += 2 * groups[g, G_LAST_ROW] + z.mfu_latency
             scored += 1
-    note(log, array, IDLE, -1, now)
+    tell(log, array, IDLE, -1, now)
     return max(now, r[R_MFU], detecting)
-
-
-@inlined
-def fetch(z: Sizes, s: LaneState, log: Log, lane: int, at: int, size: int) -> int:
-    """Ask for `size` bytes at cycle `at`; the cycle from which all are there."""
-    if size == 0:
-        return at
-    unit = lane * PER_LANE + PORT
-    begin = max(s.port[0], float(at + z.dram_latency))
-    note(log, unit, BUSY, -1, int(begin))
-    s.port[0] = begin + size / z.bytes_per_cycle
-    end = int(np.ceil(s.port[0]))
-    note(log, unit, IDLE, -1, end)
-    return end
-
-
-@inlined
-def _ask(z: Sizes, s: LaneState, log: Log, lane: int, groups: np.ndarray, now: int) -> None:
-    """Ask for what the next head needs from DRAM before it can be detected."""
-    g = s.registers[R_ASKED]
-    while g < groups.shape[0] and groups[g, G_HEAD_BYTES] == 0:
-        g += 1
-    if g < groups.shape[0]:
-        s.times[g, T_HEAD] = fetch(z, s, log, lane, now, groups[g, G_HEAD_BYTES])
-    s.registers[R_ASKED] = g + 1
-
-
-@inlined
-def _detect(
-    z: Sizes,
-    s: LaneState,
-    log: Log,
-    lane: int,
-    unit: int,
-    groups: np.ndarray,
-    now: int,
-    first_tag: int,
-) -> int:
-    """The next job of detection, on `unit` from cycle `now` on; when it ends.
-
-    At the first group of a head the predictor's queries and keys are made, and quantised behind
-    the array; then every group has its scores compared and its keys sorted.
-    """
-    r = s.registers
-    g = r[R_DETECTED]
-    if r[R_PROJECTED] == 0 and groups[g, G_PROJECT] > 0:
-        note(log, unit, BUSY, first_tag + g, now)
-        begin = max(now, r[R_MFU])
-        note(log, lane * PER_LANE + MFU, BUSY, first_tag + g, begin)
-        r[R_MFU] = begin + groups[g, G_REQUANTISE]
-        note(log, lane * PER_LANE + MFU, IDLE, -1, r[R_MFU])
-        now += groups[g, G_PROJECT]
-        r[R_CODES] = max(now, r[R_MFU])
-        r[R_PROJECTED] = 1
-        return now
-    if groups[g, G_HEAD_BYTES] > 0 and r[R_ASKED] == g + 1:
-        # While this head is at work the next one's bytes arrive, if there is room.
-        ahead = g + 1
-        while ahead < groups.shape[0] and groups[ahead, G_HEAD_BYTES] == 0:
-            ahead += 1
-        if ahead < groups.shape[0]:
-            both = groups[g, G_HEAD_BYTES] + groups[ahead, G_HEAD_BYTES]
-            if both <= z.capacity:
-                _ask(z, s, log, lane, groups, now)
-    sorting = now
-    work = groups[g, G_DETECT]
-    if work > 0:
-        note(log, unit, BUSY, first_tag + g, now)
-        now += work
-        if groups[g, G_COMPARE] > work:
-            note(log, unit, ON_DETECTOR, -1, now)
-            now += groups[g, G_COMPARE] - work
-    if g > 0:
-        sorting = max(sorting, s.times[g - 1, T_SORTED])
-    if g >= z.ahead:
-        # The buffers of an earlier group are free once it is issued.
-        sorting = max(sorting, s.times[g - z.ahead, T_ISSUED])
-    end = sorting + (groups[g, G_PUSHES] + z.pushes_per_cycle - 1) // z.pushes_per_cycle
-    if work > 0:
-        end = max(end, now + z.detector_latency)
-    if end > sorting:
-        note(log, lane * PER_LANE + DETECTOR, BUSY, first_tag + g, sorting)
-        note(log, lane * PER_LANE + DETECTOR, IDLE, -1, end)
-    s.times[g, T_SORTED] = end
-    s.times[g, T_ISSUED] = end
-    s.times[g, T_KEYS] = fetch(z, s, log, lane, end, groups[g, G_KEY_BYTES])
-    s.times[g, T_VALUES] = fetch(z, s, log, lane, end, groups[g, G_VALUE_BYTES])
-    r[R_HELD] += groups[g, G_KEY_BYTES] + groups[g, G_VALUE_BYTES]
-    r[R_DETECTED], r[R_PROJECTED] = g + 1, 0
-    return now
-
-
-@inlined
-def _queued(z: Sizes, s: LaneState, groups: np.ndarray, g: int) -> int:
-    """When all steps of group g are in the queue, or as many as fit: then its product may start."""
-    if groups[g, G_IN_ORDER] == 1 or groups[g, G_KEY_STEPS] == 0:
-        return s.times[g, T_SORTED]
-    room, slot = s.taken[0], s.scanned[0]
-    for i in range(1, z.queue):
-        room = min(room, s.taken[i])
-    for i in range(1, z.steps_per_cycle):
-        slot = min(slot, s.scanned[i])
-    before = s.times[g - 1, T_ISSUED] - 1 if g > 0 else 0
-    first = max(s.times[g, T_SORTED], room + 1, slot + 1, before)
-    return first + 1 + (min(groups[g, G_KEY_STEPS], z.queue) - 1) // z.steps_per_cycle
-
-
-@inlined
-def _product(
-    z: Sizes,
-    s: LaneState,
-    log: Log,
-    lane: int,
-    now: int,
-    g: int,
-    tag: int,
-    issuing: bool,
-    width: int,
-    beats: int,
-    in_order: int,
-    steps: int,
-    at: int,
-    to: int,
-    step_of: np.ndarray,
-    key_of: np.ndarray,
-) -> int:
-    """Scores (issuing) or values of one group from cycle `now` on; the cycle in which they end.
-
-    A step waits for its turn in the queue, its operands for their banks, the step for the last of
-    its operands.
-    """
-    unit = lane * PER_LANE + ARRAY
-    scheduler = lane * PER_LANE + SCHEDULER
-    per = z.per_query
-    free = now * per  # in products of one element
-    if in_order == 1:
-        # Vectors that lie one after another meet no conflict; bandwidth may limit them.
-        read = (steps * beats * per + z.banks - 1) // z.banks
-        end = (free + steps * width + per - 1) // per
-        note(log, unit, BUSY, tag, now)
-        if read > steps * width:
-            note(log, unit, ON_SRAM, tag, end)
-            end = (free + read + per - 1) // per
-        return end
-    # Vectors that fill whole sets of banks meet as sets.
-    sets = z.banks // beats if z.banks % beats == 0 else 0
-    issued = s.times[g, T_SORTED]
-    if g > 0:
-        issued = max(issued, s.times[g - 1, T_ISSUED] - 1)
-    room, slot = 0, 0
-    # Rings start with their oldest entry.
-    for i in range(1, z.queue):
-        if s.taken[i] < s.taken[room]:
-            room = i
-    for i in range(1, z.steps_per_cycle):
-        if s.scanned[i] < s.scanned[slot]:
-            slot = i
-    if at < to:
-        note(log, unit, BUSY, tag, now)
-    while at < to:
-        step = step_of[at]
-        ask = s.taken[room] + 1
-        if issuing:
-            ready_to_issue = max(issued, s.scanned[slot] + 1)
-            if ask > ready_to_issue:
-                note(log, scheduler, ON_QUEUE, tag, ready_to_issue)
-            issued = max(ask, ready_to_issue)
-            note(log, scheduler, BUSY, tag, issued)
-            s.scanned[slot] = issued
-            slot = 0 if slot + 1 == z.steps_per_cycle else slot + 1
-            ask = issued
-        ask = max(ask, now - _LEAD)
-        there = ask + 1
-        while at < to and step_of[at] == step:
-            if z.conflicts == 0:
-                served = max(s.banks[z.banks], ask * z.banks) + beats
-                s.banks[z.banks] = served
-                there = max(there, (served + z.banks - 1) // z.banks)
-            elif sets > 0:
-                bank = key_of[at] % sets
-                served = max(s.banks[bank], ask)
-                s.banks[bank] = served + 1
-                there = max(there, served + 1)
-            else:
-                first = key_of[at] * beats
-                for beat in range(beats):
-                    bank = (first + beat) % z.banks
-                    served = max(s.banks[bank], ask)
-                    s.banks[bank] = served + 1
-                    there = max(there, served + 1)
-            at += 1
-        if there * per > free:
-            gap = (free + per - 1) // per
-            if there > gap:
-                note(log, unit, ON_SRAM if there > ask + 1 else ON_SCHEDULER, tag, gap)
-                note(log, unit, BUSY, tag, there)
-            free = there * per
-        s.taken[room] = free // per
-        room = 0 if room + 1 == z.queue else room + 1
-        free += width
-    if issuing:
-        s.times[g, T_ISSUED] = issued + 1
-        note(log, scheduler, IDLE, -1, issued + 1)
-    return (free + per - 1) // per

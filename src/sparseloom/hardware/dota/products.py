@@ -32,8 +32,9 @@ from sparseloom.hardware.dota.state import (
     PER_LANE,
     PORT,
 )
-from sparseloom.hardware.engine.compiled import compiled, inlined
-from sparseloom.hardware.engine.log import Log, note
+from sparseloom.hardware.dota.tell import tell
+from sparseloom.hardware.engine.compiled import compiled
+from sparseloom.hardware.engine.log import Log
 from sparseloom.trace import Operator
 
 BLOCK = ("weights", "inputs", "tiles", "cycles", "additions", "outputs")
@@ -210,6 +211,30 @@ class Feed(NamedTuple):
 
 
 @compiled
+def _all(log: Log, share: np.ndarray, n: int, b: int, code: int, now: int, until: int) -> None:
+    """From `now` until `until` the arrays do `code`; Lanes without a share of block b wait."""
+    if until <= now:
+        return
+    for lane in range(share.shape[0]):
+        works = b < share[lane] * n
+        tell(log, lane * PER_LANE + ARRAY, code if works else ON_LANES, b if works else -1, now)
+
+
+@compiled
+def _transfer(f: Feed, log: Log, lanes: int, at: int, size: int, rate: float, latency: int) -> int:
+    """Move bytes through all ports at once; the cycle from which they are there."""
+    if size == 0:
+        return at
+    begin = max(f.port[0], float(at + latency))
+    f.port[0] = begin + size / rate
+    end = int(np.ceil(f.port[0]))
+    for lane in range(lanes):
+        tell(log, lane * PER_LANE + PORT, BUSY, -1, int(begin))
+        tell(log, lane * PER_LANE + PORT, IDLE, -1, end)
+    return end
+
+
+@compiled
 def run_product(
     f: Feed,
     log: Log,
@@ -266,8 +291,8 @@ def run_product(
             _all(log, share, n, b, ON_MFU, end, mfu)
             end = max(end, mfu)
         if blocks[b, B_ADDITIONS] > 0:
-            note(log, accumulator, BUSY, b, end - blocks[b, B_ADDITIONS])
-            note(log, accumulator, IDLE, -1, end)
+            tell(log, accumulator, BUSY, b, end - blocks[b, B_ADDITIONS])
+            tell(log, accumulator, IDLE, -1, end)
         owed, owed_at = blocks[b, B_OUTPUTS], end
         for i in range(1, f.slots.shape[0]):
             f.slots[i - 1] = f.slots[i]
@@ -276,7 +301,7 @@ def run_product(
     if owed > 0:
         _transfer(f, log, lanes, owed_at, owed, rate, 0)
     for lane in range(lanes):
-        note(log, lane * PER_LANE + ARRAY, IDLE, -1, now)
+        tell(log, lane * PER_LANE + ARRAY, IDLE, -1, now)
     return now
 
 
@@ -288,33 +313,9 @@ def run_elements(log: Log, lanes: int, start: int, free: int, cycles: int, first
     """
     begin = max(start, free)
     for lane in range(lanes):
-        note(log, lane * PER_LANE + MFU, BUSY, -1, begin)
-        note(log, lane * PER_LANE + MFU, IDLE, -1, begin + cycles)
+        tell(log, lane * PER_LANE + MFU, BUSY, -1, begin)
+        tell(log, lane * PER_LANE + MFU, IDLE, -1, begin + cycles)
         if first > 0:
-            note(log, lane * PER_LANE + ARRAY, ON_MFU, -1, start)
-            note(log, lane * PER_LANE + ARRAY, IDLE, -1, begin + first)
+            tell(log, lane * PER_LANE + ARRAY, ON_MFU, -1, start)
+            tell(log, lane * PER_LANE + ARRAY, IDLE, -1, begin + first)
     return begin + cycles
-
-
-@inlined
-def _all(log: Log, share: np.ndarray, n: int, b: int, code: int, now: int, until: int) -> None:
-    """From `now` until `until` the arrays do `code`; Lanes without a share of block b wait."""
-    if until <= now:
-        return
-    for lane in range(share.shape[0]):
-        works = b < share[lane] * n
-        note(log, lane * PER_LANE + ARRAY, code if works else ON_LANES, b if works else -1, now)
-
-
-@inlined
-def _transfer(f: Feed, log: Log, lanes: int, at: int, size: int, rate: float, latency: int) -> int:
-    """Move bytes through all ports at once; the cycle from which they are there."""
-    if size == 0:
-        return at
-    begin = max(f.port[0], float(at + latency))
-    f.port[0] = begin + size / rate
-    end = int(np.ceil(f.port[0]))
-    for lane in range(lanes):
-        note(log, lane * PER_LANE + PORT, BUSY, -1, int(begin))
-        note(log, lane * PER_LANE + PORT, IDLE, -1, end)
-    return end

@@ -124,36 +124,35 @@ class LaneState(NamedTuple):
     """What a Lane keeps while a call runs.
 
     banks: cycle from which each bank is free; a last entry is the pool of all, in beats.
-    taken, scanned: when the last steps left the queue, and were issued (rings).
+    taken (2, entries): when the last steps of either product were taken (rings).
     times (groups, `T_…`): when each group passed the units.
     registers (`R_…`): next group to detect, whether its head is projected, when those codes are
-    there, when the multi-function unit is free, bytes of streamed vectors in SRAM, and the group
-    from which on heads have not been asked for.
+    there, when the multi-function unit is free, bytes of streamed vectors in SRAM, the group from
+    which on heads have not been asked for, cycle of the last steps issued and how many they were,
+    and places in the two rings of `taken`.
     port: cycle (fractions included) from which the Lane's DRAM port is free.
     """
 
     banks: np.ndarray
     taken: np.ndarray
-    scanned: np.ndarray
     times: np.ndarray
     registers: np.ndarray
     port: np.ndarray
 
 
-T_HEAD, T_SORTED, T_ISSUED, T_SCORED, T_READY, T_DONE, T_KEYS, T_VALUES = range(8)
-"""Bytes of a head there, keys in the buffers, all steps issued, scores done, probabilities there,
-values done, key vectors there, value vectors there."""
+T_HEAD, T_SORTED, T_QUEUED, T_ISSUED, T_SCORED, T_READY, T_DONE, T_KEYS, T_VALUES = range(9)
+"""Bytes of a head there, keys in the buffers, queue filled, all steps issued, scores done,
+probabilities there, values done, key vectors there, value vectors there."""
 
-R_DETECTED, R_PROJECTED, R_CODES, R_MFU, R_HELD, R_ASKED = range(6)
+R_DETECTED, R_PROJECTED, R_CODES, R_MFU, R_HELD, R_ASKED, R_SCAN, R_SCANS, R_ROOM = range(9)
 
 
 def lane_state(z: Sizes, groups: int, start: int, port: float) -> LaneState:
     """An idle Lane at cycle `start`."""
     return LaneState(
         banks=np.full(z.banks + 1, start, np.int64),
-        taken=np.full(z.queue, start - 1, np.int64),
-        scanned=np.full(z.steps_per_cycle, start - 1, np.int64),
-        times=np.zeros((groups, 8), np.int64),
-        registers=np.zeros(6, np.int64),
+        taken=np.full((2, z.queue), start - 1, np.int64),
+        times=np.zeros((groups, 9), np.int64),
+        registers=np.zeros(10, np.int64),
         port=np.array([port]),
     )
