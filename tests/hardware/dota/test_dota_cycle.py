@@ -229,11 +229,15 @@ def test_padding_pruned_heads_and_value_masks(load: Any, make: Any) -> None:
 SLOWER: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"dram__gbytes_per_second": 8.0}, {"dram__gbytes_per_second": 64.0}),
     ({"dram__latency_cycles": 400}, {"dram__latency_cycles": 100}),
-    ({"detector__scores_per_cycle": 16}, {"detector__scores_per_cycle": 512}),
+    ({"detector__array_scores_per_cycle": 16}, {"detector__array_scores_per_cycle": 512}),
     ({"scheduler__pushes_per_cycle": 1}, {"scheduler__pushes_per_cycle": 16}),
     ({"scheduler__steps_per_cycle": 1}, {"scheduler__steps_per_cycle": 4}),
     ({"sram__port_bytes": 2}, {"sram__port_bytes": 16}),
-    ({"sram__conflicts": "modelled"}, {"sram__conflicts": "ideal"}),
+    (
+        {"sram__conflicts": "modelled", "sram__operand_bytes": 1024},
+        {"sram__conflicts": "ideal", "sram__operand_bytes": 1024},
+    ),
+    ({"sram__operand_bytes": 512}, {"sram__operand_bytes": 8192}),
     ({"mfu__exponentials_per_cycle": 1}, {"mfu__exponentials_per_cycle": 16}),
     ({"mfu__elements_per_cycle": 1}, {"mfu__elements_per_cycle": 16}),
     ({"accumulator__additions_per_cycle": 8}, {"accumulator__additions_per_cycle": 512}),
@@ -265,10 +269,12 @@ def test_narrow_heads_are_bound_by_the_function_unit(load: Any, make: Any) -> No
     array, mfu = dense.unit_cycles["lane 0 array"], dense.unit_cycles["lane 0 mfu"]
     assert array["mfu"] > 0.4 * bound
     assert mfu["busy"] >= bound
-    sparse = run(load(), maker.trace(0.1))
+    sparse = run(
+        load(scheduler__steps_per_cycle=16, scheduler__pushes_per_cycle=64), maker.trace(0.1)
+    )
     kept = maker.keep(0.1)[0]
     least = (-(-kept.sum(axis=2) // 16)).sum(axis=1).max()
-    assert least <= sparse.components["attention"] < 1.2 * least
+    assert least <= sparse.components["attention"] < 1.3 * least
 
 
 def test_accelerators_share_sequences_and_memory(load: Any, make: Any) -> None:

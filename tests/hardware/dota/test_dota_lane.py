@@ -16,8 +16,8 @@ from sparseloom.hardware.engine.log import make_log
 from sparseloom.hardware.units.token_scheduler import schedule
 
 BASE = Sizes(
-    per_query=128, width=64, value_width=64, key_beats=8, value_beats=8, banks=64, conflicts=1,
-    queue=16, steps_per_cycle=4, pushes_per_cycle=8, split=0, ahead=2, in_flight=3,
+    cycle=128, width=64, value_width=64, key_beats=8, value_beats=8, banks=64, conflicts=1,
+    queue=16, operands=16, steps_per_cycle=4, pushes_per_cycle=8, split=0, ahead=2, in_flight=3,
     detector_latency=2, mfu_latency=20, dram_latency=100, bytes_per_cycle=64.0, capacity=1 << 20,
 )  # fmt: skip
 
@@ -45,7 +45,7 @@ class Stepped:
         self.issued: list[list[int]] = [[] for _ in range(n)]  # cycle of each step
         self.put = self.gone = 0  # steps that entered the queue, and that left it
         self.last_taken: list[int] = []  # cycles of the latest that left
-        self.value_taken: list[int] = []
+        self.read: list[int] = []  # cycles in which operands left for the array
         self.sorted_at: list[int | None] = [None] * n
         self.sorting = 0  # group whose keys are pushed next
         self.pushed = 0
@@ -160,7 +160,7 @@ class Stepped:
         """One cycle of a product; True when it is over."""
         z = self.z
         width = z.width if job.kind == "scores" else z.value_width
-        budget = z.per_query
+        budget = z.cycle
         while budget:
             if job.left == 0:
                 if job.next == len(job.steps):
@@ -171,14 +171,13 @@ class Stepped:
                         if len(self.issued[job.group]) <= job.next:
                             return False
                         ask = max(ask, self.issued[job.group][job.next])
-                    elif len(self.value_taken) >= z.queue:
-                        ask = max(ask, self.value_taken[-z.queue] + 1)
+                    if len(self.read) >= z.operands:
+                        ask = max(ask, self.read[-z.operands] + 1)
                     job.there[job.next] = self._read(job, job.next, ask)
                 if job.there[job.next] > now:
                     return False
-                if job.kind == "values":
-                    self.value_taken.append(now)
-                else:
+                self.read.append(now)
+                if job.kind == "scores":
                     self.last_taken = [t for t in self.last_taken if t == now] + [now]
                     self.gone += 1
                 job.next += 1
@@ -236,6 +235,7 @@ def work(
     detect=st.sampled_from([0, 3, 30]),
     width=st.sampled_from([8, 48, 64, 200]),
     queue=st.sampled_from([1, 4, 16, 64]),
+    operands=st.sampled_from([1, 3, 16]),
     issue=st.integers(1, 5),
     pushes=st.sampled_from([1, 8]),
     banks=st.sampled_from([8, 12, 64]),
@@ -249,6 +249,7 @@ def test_every_group_ends_in_the_same_cycle(
     detect: int,
     width: int,
     queue: int,
+    operands: int,
     issue: int,
     pushes: int,
     banks: int,
@@ -259,7 +260,8 @@ def test_every_group_ends_in_the_same_cycle(
     rng = np.random.default_rng(seed)
     table, issued, steps = work(rng, int(rng.integers(1, 18)), 24, share, detect)
     z = BASE._replace(
-        width=width, value_width=width, queue=queue, steps_per_cycle=issue, pushes_per_cycle=pushes,
+        width=width, value_width=width, queue=queue, operands=operands, steps_per_cycle=issue,
+        pushes_per_cycle=pushes,
         banks=banks, key_beats=beats, value_beats=beats, ahead=ahead, in_flight=in_flight,
     )  # fmt: skip
     state = s.lane_state(z, len(table), 0, 0.0)

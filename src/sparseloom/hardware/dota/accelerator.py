@@ -146,7 +146,7 @@ class Accelerator:
                 mfu,
                 found.blocks,
                 found.share,
-                c.rmmu.rows + c.rmmu.columns,
+                c.rmmu.overhead_cycles,
                 self.rate,
                 c.dram.latency_cycles,
             )

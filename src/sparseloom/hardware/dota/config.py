@@ -8,51 +8,26 @@ from pydantic import Field, model_validator
 
 from sparseloom.hardware.config import Section
 from sparseloom.hardware.machine import MachineConfig
+from sparseloom.hardware.units.detector import DetectorConfig
+from sparseloom.hardware.units.rmmu import RmmuConfig
+from sparseloom.hardware.units.token_scheduler import MAX_QUERIES
 
 
-class Rmmu(Section):
+class Rmmu(RmmuConfig):
     """The reconfigurable multi-precision matrix unit of a Lane."""
 
-    rows: int = Field(ge=1)
-    columns: int = Field(ge=1)
-    base_bits: int = Field(ge=1)
-    stream_bits: int = Field(ge=1)
-    multiplier: Literal["quadratic", "linear"]
-    policy: Literal["split", "sequential"]
+    policy: Literal["split", "sequential"] = "sequential"
     """Detection on rows of its own, or on all rows between the products."""
-    detecting_rows: int = Field(ge=0)
+    detecting_rows: int = Field(default=0, ge=0)
     """With `split`: how many; 0 balances them with the rows that compute, call by call."""
 
-    @property
-    def elements(self) -> int:
-        """Processing elements."""
-        return self.rows * self.columns
 
-    def products(self, bits: int) -> int:
-        """Products of `bits` operands per element and cycle; 1 from the base width upwards."""
-        ratio = max(1, self.base_bits // bits)
-        return ratio * ratio if self.multiplier == "quadratic" else ratio
+class Detector(DetectorConfig):
+    """Comparators behind the array."""
 
-    def word(self, bits: int) -> int:
-        """Operands of so many bits that stream into an element per cycle."""
-        return max(1, self.stream_bits // bits)
-
-    def sets(self, bits: int) -> int:
-        """Stationary sets that share each streamed operand."""
-        return max(1, self.products(bits) // self.word(bits))
-
-    def depth(self, bits: int) -> int:
-        """Products that an element adds to one output per cycle."""
-        return self.products(bits) // self.sets(bits)
-
-
-class Detector(Section):
-    """Comparators behind the array: queries selected for together, scores compared per cycle."""
-
-    parallel_queries: int = Field(ge=1, le=8)
-    scores_per_cycle: int = Field(ge=1)
-    latency_cycles: int = Field(ge=0)
-    groups_ahead: int = Field(ge=1)
+    parallel_queries: int = Field(default=4, ge=1, le=MAX_QUERIES)
+    """Queries that are selected for, and run, side by side."""
+    groups_ahead: int = Field(default=2, ge=1)
     """Groups of queries that are detected and sorted before their products start."""
 
 
@@ -95,6 +70,8 @@ class Sram(Section):
     banks: int = Field(ge=1)
     port_bytes: int = Field(ge=1)
     conflicts: Literal["modelled", "ideal"]
+    operand_bytes: int = Field(ge=1)
+    """Beside the array: vectors that were read and wait for their step."""
     code_bytes_per_cycle: int = Field(ge=1)
     """Of the banks that hold the predictor's keys."""
 

@@ -7,7 +7,7 @@ appear row by row without a crossbar (Liu et al., IEEE TC 2022, §6).
 
 Unpublished, so choices of ours: one scale for each matrix, exponentials summed in fixed point (30
 fractional bits, so that no order of arrival changes the sum), probabilities as multiples of
-1 / (2**15 - 1), sums wide enough for every product, outputs rounded once to the codes of values.
+1 / (2**15 - 1), outputs rounded once to the codes of values.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jaxtyping import Float, Float64, Int64
 from sparseloom.hardware.config import MachineError
 from sparseloom.hardware.dota.config import DotaConfig
 from sparseloom.hardware.dota.groups import kept_keys
+from sparseloom.hardware.units.composed_multiplier import fitting
 from sparseloom.hardware.units.multipliers import fitting_shift, rounded
 from sparseloom.hardware.units.quantization import quantize
 from sparseloom.hardware.units.token_scheduler import Issued, schedule
@@ -64,7 +65,8 @@ def attend(
         softmax: False gives the two products alone, O = (Q·Kᵀ)·V, the scores rounded to FX16.
 
     Raises:
-        MachineError: sizes that do not fit the mask, values that are not finite.
+        MachineError: sizes that do not fit the mask, values that are not finite, sums beyond the
+            accumulators.
     """
     if (len(query), len(key), len(value)) != (mask.q_len, mask.kv_len, mask.kv_len):
         raise MachineError(
@@ -86,7 +88,8 @@ def attend(
     ).issued
     assert order is not None
     rows, at = _pairs(order, parallel)
-    scores = np.einsum("pd,pd->p", q.codes[rows], k.codes[at])
+    wide = config.rmmu.accumulator_bits
+    scores = fitting(np.einsum("pd,pd->p", q.codes[rows], k.codes[at]), wide, "a score")
     if softmax:
         step = np.float32(q.scale * k.scale * (query.shape[1] ** -0.5 if scale is None else scale))
         weights = _softmax(scores.astype(np.float32) * step, rows, mask.q_len, bits)
@@ -98,6 +101,7 @@ def attend(
         divisor = 1
     sums = np.zeros((mask.q_len, value.shape[1]), np.int64)
     np.add.at(sums, rows, weights[:, None] * v.codes[at])
+    sums = fitting(sums, wide, "an output")
     output = np.rint(sums / divisor) * unit
     return Head(output, rows.size * (query.shape[1] + value.shape[1]), order.key.size)
 

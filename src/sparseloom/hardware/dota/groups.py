@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float64, Int32, Int64
 from sparseloom.hardware.dota import lane as ln
 from sparseloom.hardware.dota.closed_form import Cost, detection_cost, kept_cost, resident
 from sparseloom.hardware.dota.config import DotaConfig
-from sparseloom.hardware.dota.products import tile_cycles
+from sparseloom.hardware.units.rmmu import detecting_rows, score_cycles, tile_cycles
 from sparseloom.hardware.units.token_scheduler import schedule
 from sparseloom.trace import AttentionCall, MaskArrays, Operator, PredictorShape
 
@@ -199,7 +199,7 @@ class Lowering:
         visible: Int64[np.ndarray, "rows"],
         keys: Loads,
         values: Loads,
-        detecting_rows: int,
+        rows_apart: int,
         parallel: int,
         detect_bytes: int,
     ) -> np.ndarray:
@@ -215,7 +215,7 @@ class Lowering:
         table[:, ln.G_SOFTMAX] = taken.sum(axis=1)
         table[:, ln.G_LAST_ROW] = taken.max(axis=1)
         if predictor is not None:
-            rows = detecting_rows or c.rmmu.rows
+            rows = rows_apart or c.rmmu.rows
             found = _detection(c, predictor, _grouped(visible, parallel), rows)
             table[:, ln.G_DETECT], table[:, ln.G_COMPARE] = found
             project, codes = projection(c, self.hidden_size, operator, predictor)
@@ -289,8 +289,12 @@ def _detection(
     bits, rmmu = predictor.bits, c.rmmu
     keys = visible.max(axis=1)
     scores = keys * (visible > 0).sum(axis=1)
-    elements = rows * rmmu.columns * rmmu.sets(bits)
-    work = -(-scores // elements) * -(-predictor.head_dim // rmmu.depth(bits))
+    few, which = np.unique(scores, return_inverse=True)
+    cycles = [
+        score_cycles(rmmu, count, predictor.head_dim, bits=bits, rows=rows)
+        for count in few.tolist()
+    ]
+    work = np.array(cycles, np.int64)[which]
     codes = -(-keys * predictor.head_dim * bits // 8)
     compare = -(-scores // c.detector.scores_per_cycle)
     return work, np.maximum(compare, -(-codes // c.sram.code_bytes_per_cycle))
@@ -313,7 +317,7 @@ def _detecting_rows(
     project, _ = projection(c, hidden_size, operator, predictor)
     scores = float(shown.sum()) * predictor.head_dim / rmmu.products(predictor.bits)
     detect = project * shown.size * rmmu.elements + scores
-    wanted = int(np.ceil(rmmu.rows * detect / max(1.0, detect + macs)))
+    wanted = detecting_rows(rmmu, detect, macs)
     parallel = min(c.detector.parallel_queries, operator.q_len)
     # Every query has the same number of rows; what is left over detects.
     computing = max(1, (rmmu.rows - wanted) // parallel) * parallel

@@ -6,8 +6,7 @@ multi-function unit, P·V in the same order again. The array does one of the thr
 time, whichever is ready, in the order detection, values, scores: what comes first keeps the units
 behind it busy. With rows that only detect, detection runs beside the products.
 
-Inside a product time counts in products of one element: a step of `width` products takes
-width / per_query cycles, fractions included.
+Inside a product time counts in parts of a cycle: several narrow steps fit in one.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from sparseloom.hardware.dota.state import (
     R_DETECTED,
     R_HELD,
     R_MFU,
+    R_PLACE,
     R_PROJECTED,
     R_ROOM,
     R_SCAN,
@@ -181,7 +181,7 @@ def _queued(z: Sizes, s: LaneState, groups: np.ndarray, g: int) -> int:
         return s.times[g, T_SORTED]
     scan, scans, room = r[R_SCAN], r[R_SCANS], r[R_ROOM]
     for _ in range(min(groups[g, G_KEY_STEPS], z.queue)):
-        at = max(at, s.taken[0, room] + 1, scan + (1 if scans == z.steps_per_cycle else 0))
+        at = max(at, s.taken[room] + 1, scan + (1 if scans == z.steps_per_cycle else 0))
         scans = scans + 1 if at == scan else 1
         scan = at
         room = 0 if room + 1 == z.queue else room + 1
@@ -198,26 +198,29 @@ def _product(
     g: int,
     tag: int,
     issuing: bool,
-    width: int,
-    beats: int,
-    in_order: int,
-    steps: int,
-    at: int,
-    to: int,
+    groups: np.ndarray,
+    first: int,
     step_of: np.ndarray,
     key_of: np.ndarray,
 ) -> int:
     """Scores (issuing) or values of one group from cycle `now` on; the cycle in which they end.
 
-    A step waits for its turn in the queue, its operands for their banks, the step for the last of
-    its operands. For the values the stored order takes the place of the scheduler.
+    A step waits for its turn in the queue, its operands for room beside the array and for their
+    banks, the step for the last of its operands. For the values the stored order takes the place
+    of the scheduler. `first` is the column of `groups` where the slice of the loads begins.
     """
     r = s.registers
     unit = lane * PER_LANE + ARRAY
     scheduler = lane * PER_LANE + SCHEDULER
-    per = z.per_query
-    free = now * per  # in products of one element
-    if in_order == 1:
+    per = z.cycle
+    width, beats = z.value_width, z.value_beats
+    steps = groups[g, G_VALUE_STEPS]
+    if issuing:
+        width, beats = z.width, z.key_beats
+        steps = groups[g, G_KEY_STEPS]
+    at, to = groups[g, first], groups[g, first + 1]
+    free = now * per  # in parts of a cycle
+    if groups[g, G_IN_ORDER] == 1:
         # Vectors that lie one after another meet no conflict; bandwidth may limit them.
         read = (steps * beats * per + z.banks - 1) // z.banks
         end = (free + steps * width + per - 1) // per
@@ -231,24 +234,23 @@ def _product(
     issued = s.times[g, T_SORTED]
     if g > 0:
         issued = max(issued, s.times[g - 1, T_ISSUED] - 1)
-    which = 0 if issuing else 1
-    room = r[R_ROOM + which]
+    room, place = r[R_ROOM], r[R_PLACE]
     if at == to:
         return now
     tell(log, unit, BUSY, tag, now)
     while at < to:
         step = step_of[at]
-        ask = s.taken[which, room] + 1
+        ask = max(s.held[place] + 1, now - _LEAD)
         if issuing:
+            put = s.taken[room] + 1
             turn = max(issued, r[R_SCAN] + (1 if r[R_SCANS] == z.steps_per_cycle else 0))
-            if ask > turn:
+            if put > turn:
                 tell(log, scheduler, ON_QUEUE, tag, turn)
-            issued = max(ask, turn)
+            issued = max(put, turn)
             tell(log, scheduler, BUSY, tag, issued)
             r[R_SCANS] = r[R_SCANS] + 1 if issued == r[R_SCAN] else 1
             r[R_SCAN] = issued
-            ask = issued
-        ask = max(ask, now - _LEAD)
+            ask = max(ask, issued)
         there = ask + 1
         while at < to and step_of[at] == step:
             if z.conflicts == 0:
@@ -271,13 +273,22 @@ def _product(
         if there * per > free:
             gap = (free + per - 1) // per
             if there > gap:
-                tell(log, unit, ON_SRAM if there > ask + 1 else ON_SCHEDULER, tag, gap)
+                tell(
+                    log,
+                    unit,
+                    ON_SRAM if there > issued + 1 or not issuing else ON_SCHEDULER,
+                    tag,
+                    gap,
+                )
                 tell(log, unit, BUSY, tag, there)
             free = there * per
-        s.taken[which, room] = free // per
-        room = 0 if room + 1 == z.queue else room + 1
+        s.held[place] = free // per
+        place = 0 if place + 1 == z.operands else place + 1
+        if issuing:
+            s.taken[room] = free // per
+            room = 0 if room + 1 == z.queue else room + 1
         free += width
-    r[R_ROOM + which] = room
+    r[R_ROOM], r[R_PLACE] = room, place
     if issuing:
         s.times[g, T_ISSUED] = issued + 1
         tell(log, scheduler, IDLE, -1, issued + 1)
@@ -361,23 +372,20 @@ def run_lane(
             now = earliest
         if at_detect <= now:
             now = _detect(z, s, log, lane, array, groups, now, first_tag)
-        elif at_values <= now:
-            g = done
-            now = _product(
-                z, s, log, lane, now, g, first_tag + g, False, z.value_width, z.value_beats,
-                groups[g, G_IN_ORDER], groups[g, G_VALUE_STEPS], groups[g, G_VALUE_FROM],
-                groups[g, G_VALUE_TO], value_steps, values,
-            )  # fmt: skip
-            s.times[g, T_DONE] = now
-            r[R_HELD] -= groups[g, G_KEY_BYTES] + groups[g, G_VALUE_BYTES]
-            done += 1
         else:
-            g = scored
+            issuing = at_values > now
+            first, steps_of, vectors = G_KEY_FROM, key_steps, keys
+            if not issuing:
+                first, steps_of, vectors = G_VALUE_FROM, value_steps, values
+            g = scored if issuing else done
             now = _product(
-                z, s, log, lane, now, g, first_tag + g, True, z.width, z.key_beats,
-                groups[g, G_IN_ORDER], groups[g, G_KEY_STEPS], groups[g, G_KEY_FROM],
-                groups[g, G_KEY_TO], key_steps, keys,
-            )  # fmt: skip
+                z, s, log, lane, now, g, first_tag + g, issuing, groups, first, steps_of, vectors
+            )
+            if not issuing:
+                s.times[g, T_DONE] = now
+                r[R_HELD] -= groups[g, G_KEY_BYTES] + groups[g, G_VALUE_BYTES]
+                done += 1
+                continue
             s.times[g, T_SCORED] = now
             begin = max(now, r[R_MFU])
             unit = lane * PER_LANE + MFU

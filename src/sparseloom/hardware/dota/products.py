@@ -18,7 +18,7 @@ import numpy as np
 
 from sparseloom.hardware.config import MachineError
 from sparseloom.hardware.dota.closed_form import FOLDED
-from sparseloom.hardware.dota.config import DotaConfig, Rmmu
+from sparseloom.hardware.dota.config import DotaConfig
 from sparseloom.hardware.dota.state import (
     ARRAY,
     BUSY,
@@ -58,22 +58,6 @@ class Plan:
     share: np.ndarray
     dram_bytes: int
     row_tiles: int
-
-
-def tile_cycles(
-    rmmu: Rmmu, rows: int, inner: int, columns: int, *, bits: int, fold: int = 1
-) -> int:
-    """Cycles of the whole array for rows × inner × columns in `bits`, tiles filled or not.
-
-    Args:
-        rmmu: the array.
-        rows, inner, columns: of the product.
-        bits: of the operands; narrow ones are multiplied several at a time.
-        fold: groups of rows that take columns of their own (fewer tokens than rows).
-    """
-    across = rmmu.columns * rmmu.sets(bits) * fold
-    tiles = -(-rows // rmmu.rows) * -(-columns // across)
-    return tiles * -(-inner // rmmu.depth(bits))
 
 
 def folded_rows(config: DotaConfig, rows: int) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from math import lcm
 from typing import NamedTuple
 
 import numpy as np
 
 from sparseloom.hardware.dota.config import DotaConfig
+from sparseloom.hardware.units.rmmu import step_rate
 
 LANE_UNITS = ("array", "detecting rows", "detector", "scheduler", "mfu", "dram port")
 """Of each Lane. `array` is the RMMU; rows that only detect (`policy: split`) are a unit of their
@@ -53,12 +55,12 @@ def units(lanes: int) -> tuple[str, ...]:
 class Sizes(NamedTuple):
     """The machine's numbers as the compiled Lane reads them.
 
-    per_query, width, value_width: elements that serve a query, and products of a score and of a
-    value. key_beats, value_beats: banks that a vector lies in.
+    cycle, width, value_width: length of a cycle, of a step of scores and of one of values, in
+    parts of a cycle. key_beats, value_beats: banks that a vector lies in.
     bytes_per_cycle: of the Lane's share of the DRAM. capacity: bytes of vectors that are streamed.
     """
 
-    per_query: int
+    cycle: int
     width: int
     value_width: int
     key_beats: int
@@ -66,6 +68,7 @@ class Sizes(NamedTuple):
     banks: int
     conflicts: int
     queue: int
+    operands: int
     steps_per_cycle: int
     pushes_per_cycle: int
     split: int
@@ -98,15 +101,21 @@ def lane_sizes(
     """
     rmmu, sram = config.rmmu, config.sram
     width = rmmu.base_bits // 8
+    scores, values = (
+        step_rate(rmmu, size, parallel_queries=parallel, rows=rmmu.rows - detecting_rows)
+        for size in (head_dim, value_dim)
+    )
+    cycle = lcm(scores.numerator, values.numerator)
     return Sizes(
-        per_query=(rmmu.rows - detecting_rows) // parallel * rmmu.columns,
-        width=head_dim,
-        value_width=value_dim,
+        cycle=cycle,
+        width=scores.denominator * cycle // scores.numerator,
+        value_width=values.denominator * cycle // values.numerator,
         key_beats=-(-head_dim * width // sram.port_bytes),
         value_beats=-(-value_dim * width // sram.port_bytes),
         banks=sram.banks,
         conflicts=int(sram.conflicts == "modelled"),
         queue=config.scheduler.queue_entries,
+        operands=max(1, sram.operand_bytes // (parallel * max(head_dim, value_dim) * width)),
         steps_per_cycle=config.scheduler.steps_per_cycle,
         pushes_per_cycle=config.scheduler.pushes_per_cycle,
         split=int(detecting_rows > 0),
@@ -124,7 +133,7 @@ class LaneState(NamedTuple):
     """What a Lane keeps while a call runs.
 
     banks: cycle from which each bank is free; a last entry is the pool of all, in beats.
-    taken (2, entries): when the last steps of either product were taken (rings).
+    taken, held: when the last steps left the queue, and the operands beside the array (rings).
     times (groups, `T_…`): when each group passed the units.
     registers (`R_…`): next group to detect, whether its head is projected, when those codes are
     there, when the multi-function unit is free, bytes of streamed vectors in SRAM, the group from
@@ -135,6 +144,7 @@ class LaneState(NamedTuple):
 
     banks: np.ndarray
     taken: np.ndarray
+    held: np.ndarray
     times: np.ndarray
     registers: np.ndarray
     port: np.ndarray
@@ -144,14 +154,17 @@ T_HEAD, T_SORTED, T_QUEUED, T_ISSUED, T_SCORED, T_READY, T_DONE, T_KEYS, T_VALUE
 """Bytes of a head there, keys in the buffers, queue filled, all steps issued, scores done,
 probabilities there, values done, key vectors there, value vectors there."""
 
-R_DETECTED, R_PROJECTED, R_CODES, R_MFU, R_HELD, R_ASKED, R_SCAN, R_SCANS, R_ROOM = range(9)
+R_DETECTED, R_PROJECTED, R_CODES, R_MFU, R_HELD, R_ASKED, R_SCAN, R_SCANS, R_ROOM, R_PLACE = range(
+    10
+)
 
 
 def lane_state(z: Sizes, groups: int, start: int, port: float) -> LaneState:
     """An idle Lane at cycle `start`."""
     return LaneState(
         banks=np.full(z.banks + 1, start, np.int64),
-        taken=np.full((2, z.queue), start - 1, np.int64),
+        taken=np.full(z.queue, start - 1, np.int64),
+        held=np.full(z.operands, start - 1, np.int64),
         times=np.zeros((groups, 9), np.int64),
         registers=np.zeros(10, np.int64),
         port=np.array([port]),
