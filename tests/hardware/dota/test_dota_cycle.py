@@ -229,7 +229,7 @@ def test_padding_pruned_heads_and_value_masks(load: Any, make: Any) -> None:
 SLOWER: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"dram__gbytes_per_second": 8.0}, {"dram__gbytes_per_second": 64.0}),
     ({"dram__latency_cycles": 400}, {"dram__latency_cycles": 100}),
-    ({"detector__array_scores_per_cycle": 16}, {"detector__array_scores_per_cycle": 512}),
+    ({"detector__scores_per_cycle": 16}, {"detector__scores_per_cycle": 512}),
     ({"scheduler__pushes_per_cycle": 1}, {"scheduler__pushes_per_cycle": 16}),
     ({"scheduler__steps_per_cycle": 1}, {"scheduler__steps_per_cycle": 4}),
     ({"sram__port_bytes": 2}, {"sram__port_bytes": 16}),

@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from sparseloom.hardware.config import Section
 from sparseloom.hardware.machine import MachineConfig
-from sparseloom.hardware.units.detector import DetectorConfig
 from sparseloom.hardware.units.rmmu import RmmuConfig
 from sparseloom.hardware.units.token_scheduler import MAX_QUERIES
 
@@ -22,12 +21,14 @@ class Rmmu(RmmuConfig):
     """With `split`: how many; 0 balances them with the rows that compute, call by call."""
 
 
-class Detector(DetectorConfig):
+class Detector(Section):
     """Comparators behind the array."""
 
-    parallel_queries: int = Field(default=4, ge=1, le=MAX_QUERIES)
+    parallel_queries: int = Field(ge=1, le=MAX_QUERIES)
     """Queries that are selected for, and run, side by side."""
-    groups_ahead: int = Field(default=2, ge=1)
+    scores_per_cycle: int = Field(ge=1)
+    latency_cycles: int = Field(ge=0)
+    groups_ahead: int = Field(ge=1)
     """Groups of queries that are detected and sorted before their products start."""
 
 
