@@ -4,9 +4,8 @@ The groups of parallel queries of all its heads pass in order: detection on the 
 and sorting in the detector, Q·Kᵀ in the order that the scheduler issues, softmax on the
 multi-function unit, P·V in the same order again. The array does one of the three products at a
 time, whichever is ready, in the order detection, values, scores: what comes first keeps the units
-behind it busy. With rows that only detect, detection runs beside the products.
-
-Inside a product time counts in parts of a cycle: several narrow steps fit in one.
+behind it busy. With rows that only detect, detection runs beside the products. Inside a product
+time counts in parts of a cycle: several narrow steps fit in one.
 """
 
 from __future__ import annotations
