@@ -189,7 +189,7 @@ def test_a_short_fifo_scans_again_for_values() -> None:
         ("vector.weight_bytes_per_cycle", (16, 32, 64)),
         ("softmax.scores_per_cycle", (4, 8, 16, 32)),
         ("sequencer.run_fifo", (1, 2, 8)),
-        ("pes", (1, 2, 3, 6)),
+        ("pes", (1, 2, 3, 6, 64)),
     ],
 )
 def test_more_is_never_slower(setting: str, values: tuple[int, ...]) -> None:
