@@ -60,8 +60,8 @@ def assumptions(
     if s.array == "systolic":
         found.append(
             "weight-stationary array: keys outer, all queries of a key tile streamed; maxima and "
-            "sums of all rows are held; pooled keys are charged by whole groups; operands are there "
-            "in time, and energy is counted as for the vector array"
+            "sums of all rows are held; pooled keys are charged by whole groups; operands come in "
+            "time, and energy is counted as for the vector array"
         )
     elif s.sparse_utilisation < 1:
         found.append(f"inside regions the array is used to {s.sparse_utilisation:.0%}")
