@@ -262,15 +262,17 @@ def _with_sizes(query: Tensor, key: Tensor, counts: Tensor, scale: float) -> tup
 
 def _join(parts: list[AttentionOutput]) -> AttentionOutput:
     """One softmax from several over disjoint keys."""
-    sums = torch.stack([part.lse for part in parts if part.lse is not None])
-    dead = (sums == -torch.inf).all(0)
-    sums = sums.masked_fill(dead, 0)  # keeps softmax and its gradient finite; out is 0 there
-    weights = sums.softmax(0)
-    out = torch.zeros((), dtype=sums.dtype, device=sums.device)
-    for weight, part in zip(weights, parts, strict=True):
-        out = out + weight[..., None] * part.out
-    out = out.to(parts[0].out.dtype)
-    return AttentionOutput(out, sums.logsumexp(0).masked_fill(dead, -torch.inf))
+    out, sums = parts[0].out, parts[0].lse
+    assert sums is not None
+    for part in parts[1:]:
+        assert part.lse is not None
+        # Where neither has a key, both outputs are 0, and 0 for −∞ keeps the weight finite.
+        dead = (sums == -torch.inf) & (part.lse == -torch.inf)
+        left, right = sums.masked_fill(dead, 0), part.lse.masked_fill(dead, 0)
+        weight = torch.sigmoid(right - left).to(out.dtype)
+        out = torch.lerp(out, part.out, weight[..., None])
+        sums = torch.logaddexp(left, right).masked_fill(dead, -torch.inf)
+    return AttentionOutput(out, sums)
 
 
 def _on_the_edge(q_len: int, kv_len: int) -> Bool[np.ndarray, "query_tiles key_tiles"]:
