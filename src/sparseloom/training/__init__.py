@@ -3,9 +3,12 @@
 from sparseloom.training.adapt import adapt, finetune
 from sparseloom.training.calibrate import calibrate
 from sparseloom.training.checkpoint import load, load_method, save, save_method
+from sparseloom.training.entropy import EntropyLoss, EntropySettings
 from sparseloom.training.ramp import SparsityRamp
 
 __all__ = [
+    "EntropyLoss",
+    "EntropySettings",
     "SparsityRamp",
     "adapt",
     "calibrate",

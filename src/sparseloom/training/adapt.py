@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sparseloom.integrations import method_shape, sparsify
 from sparseloom.methods import Dense, Learned, Method, Predicting
+from sparseloom.training.entropy import EntropyLoss
 from sparseloom.training.loop import Batch, LoopSettings, make_accelerator, repeat, run_loop
 from sparseloom.training.losses import LOSSES
 from sparseloom.training.predictor_loss import Collector, LossName, RowSampler, predictor_loss
@@ -164,6 +165,7 @@ def finetune(
     mixed_precision: Literal["no", "bf16", "fp16"] = "no",
     accelerator: Any = None,
     settings: LoopSettings | None = None,
+    entropy: EntropyLoss | None = None,
     seed: int = 0,
     out: Path | str | None = None,
     progress: bool = True,
@@ -174,7 +176,8 @@ def finetune(
     `Predicting` one the loss is L_model + λ·L_predictor (equation 7); for every other method,
     `Dense()` included, it is L_model alone, which gives the control of equal training.
     Arguments are those of `adapt`; `settings` sets the optimiser and the law of its rate where the
-    defaults do not fit (its steps must be `steps`).
+    defaults do not fit (its steps must be `steps`).  `entropy` adds terms on the attention
+    probabilities to the loss.
     """
     settings = settings or LoopSettings(steps)
     if settings.steps != steps:
@@ -193,25 +196,38 @@ def finetune(
         modules["predictor"] = module.to(accelerator.device)
         if own := list(module.parameters()):
             groups.append({"params": own, "lr": predictor_lr})
+    if entropy is not None:
+        modules["entropy"] = entropy.to(accelerator.device)
+    now = 0
 
     def joint(batch: Batch) -> tuple[Tensor, dict[str, float]]:
         given = batch if model_loss is None else {k: v for k, v in batch.items() if k != "labels"}
-        task = of_model(model(**given), batch)
+        outputs = model(**given)
+        total = task = of_model(outputs, batch)
         values = {"loss": task.item()}
-        if not isinstance(method, Predicting):
-            return task, values
-        extra = predictor_loss(method, seen.take(), rows, loss, detach=detach)
-        return task + loss_weight * extra, {**values, loss: extra.item()}
+        calls = seen.take_masked() if watched else []
+        if isinstance(method, Predicting):
+            inputs = [call for call, _ in calls]
+            extra = predictor_loss(method, inputs, rows, loss, detach=detach)
+            total, values[loss] = total + loss_weight * extra, extra.item()
+        if entropy is not None:
+            more, terms = entropy(calls, step=now, steps=steps, outputs=outputs, batch=batch)
+            total, values = total + more, {**values, **terms}
+        return total, values
 
     was_training = model.training
     model.train()
     if module is not None:
         module.train()
-    observer = seen if isinstance(method, Predicting) else None
+    watched = isinstance(method, Predicting) or entropy is not None
     try:
-        with sparsify(model, method, when="always", observer=observer) as sparse:
+        with sparsify(
+            model, method, when="always", observer=seen if watched else None
+        ) as sparse:
 
             def before_step(step: int) -> None:
+                nonlocal now
+                now = step
                 if ramp is not None:
                     sparse.use(ramp.at(method, step, steps))
 

@@ -15,20 +15,28 @@ LossName = Literal["kl", "mse"]
 
 
 class Collector:
-    """Observer that keeps the inputs of each attention call of one forward pass."""
+    """Observer that keeps the inputs and the mask of each attention call of one forward pass."""
 
     def __init__(self) -> None:
-        self._calls: dict[int, AttentionInputs] = {}
+        self._calls: dict[int, tuple[AttentionInputs, SparseMask | None]] = {}
 
     def on_attention(
         self, inputs: AttentionInputs, mask: SparseMask | None, output: Tensor
     ) -> None:
-        """Keep the inputs; by layer, because recomputation must not count twice."""
-        del mask, output
-        self._calls[inputs.layer] = inputs
+        """Keep both; by layer, because recomputation must not count twice."""
+        del output
+        self._calls[inputs.layer] = inputs, mask
 
     def take(self) -> list[AttentionInputs]:
-        """The calls since the last time, by layer.
+        """The inputs since the last time, by layer.
+
+        Raises:
+            ValueError: there were none.
+        """
+        return [inputs for inputs, _ in self.take_masked()]
+
+    def take_masked(self) -> list[tuple[AttentionInputs, SparseMask | None]]:
+        """Inputs and masks since the last time, by layer; None where a call ran dense.
 
         Raises:
             ValueError: there were none.
