@@ -203,9 +203,9 @@ def _run(session: Session, inputs: AttentionInputs, dropout: float) -> Tensor:
                 method.remember(inputs)
     backend = "auto" if mask is None else session.backend
     macs = None
-    if isinstance(method, Attender):
+    if isinstance(method, Attender) and method.replaces(inputs):
         out, name = method.attend(inputs, dropout_p=dropout), method.name
-        macs = method.macs(inputs.shape)
+        macs = method.call_macs(inputs)
     else:
         out, name = _compute(inputs, mask, dropout, backend)
     if not in_recomputation():

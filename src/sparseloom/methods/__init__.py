@@ -45,6 +45,7 @@ from sparseloom.methods.sinkhorn import Sinkhorn
 from sparseloom.methods.snapkv import SnapKV
 from sparseloom.methods.sparse_transformer import Fixed, Strided
 from sparseloom.methods.spatten import SpAtten
+from sparseloom.methods.static_sparse import StaticSparse
 from sparseloom.methods.streaming import StreamingLLM
 from sparseloom.methods.synthesizer import Synthesizer
 from sparseloom.methods.thresholds import calibrate_thresholds
@@ -91,6 +92,7 @@ __all__ = [
     "SlidingWindow",
     "SnapKV",
     "SpAtten",
+    "StaticSparse",
     "StreamingLLM",
     "Strided",
     "Survivors",

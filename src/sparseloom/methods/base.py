@@ -283,7 +283,19 @@ class Pruner(Method):
 
 
 class Attender(Method):
-    """A method that computes attention in another way (Linformer, Performer, static regions)."""
+    """A method that computes attention in another way (Linformer, Performer, static regions).
+
+    One that selects too may replace some calls only; the others run with the mask it selects.
+    """
+
+    def replaces(self, inputs: AttentionInputs) -> bool:
+        """Whether this call runs through `attend`."""
+        del inputs
+        return True
+
+    def call_macs(self, inputs: AttentionInputs) -> int:
+        """Multiply-accumulates of this call; `macs` where layers do not differ."""
+        return self.macs(inputs.shape)
 
     @abstractmethod
     def attend(

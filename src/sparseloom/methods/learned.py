@@ -66,7 +66,9 @@ class Learned(Method):
         """
 
 
-def read_sizes(sizes: Sizes, numbers: Sequence[str], flags: Sequence[str] = ()) -> dict[str, Any]:
+def read_sizes(
+    sizes: Sizes, numbers: Sequence[str], flags: Sequence[str] = (), *, kind: str = "predictor"
+) -> dict[str, Any]:
     """The named sizes of stored weights, as ints and bools.
 
     Raises:
@@ -78,11 +80,13 @@ def read_sizes(sizes: Sizes, numbers: Sequence[str], flags: Sequence[str] = ()) 
         try:
             found[name] = {"True": True, "False": False}[text] if name in flags else int(text)
         except (KeyError, ValueError):
-            raise ValueError(f"{name} of the stored predictor is damaged: {text!r}") from None
+            raise ValueError(f"{name} of the stored {kind} is damaged: {text!r}") from None
     return found
 
 
-def load_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_weights(
+    module: nn.Module, state: Mapping[str, Tensor], *, kind: str = "predictor"
+) -> None:
     """Stored weights into a module.
 
     Raises:
@@ -92,7 +96,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         module.load_state_dict(dict(state))
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
-        raise ValueError(f"weights of the stored predictor do not fit: {first}") from None
+        raise ValueError(f"weights of the stored {kind} do not fit: {first}") from None
 
 
 def layer_weights(

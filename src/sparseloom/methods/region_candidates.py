@@ -35,13 +35,13 @@ class Candidates:
 
     Attributes:
         regions: the candidates.
-        tiles: (query tiles, candidates, key tiles) as 0 and 1, the order that products want.
+        tiles: which tiles each covers, as 0 and 1.
         coarse: of each candidate log2 of its segment; 0 for FULL ones.
         touched: query tiles that each candidate touches.
     """
 
     regions: tuple[Region, ...]
-    tiles: Float[np.ndarray, "q_tiles candidates k_tiles"]
+    tiles: Float[np.ndarray, "candidates tiles"]
     coarse: Int64[np.ndarray, " candidates"]
     touched: Int64[np.ndarray, " candidates"]
 
@@ -62,7 +62,7 @@ def candidates(length: int, *, is_causal: bool, coarse: bool = True) -> Candidat
     covers = np.stack([covered for _, covered in found.values()])  # (C, Qt, Kt)
     return Candidates(
         kept,
-        np.ascontiguousarray(covers.transpose(1, 0, 2)).astype(np.float32),
+        covers.reshape(len(kept), -1).astype(np.float32),
         np.array([region.log2s for region in kept]),
         covers.any(2).sum(1),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,19 +10,21 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 
 from sparseloom.methods.region_candidates import Candidates
-from sparseloom.regions import Mode, Region, computed_tiles, owners, region_limit
+from sparseloom.regions import Mode, Region, by_priority, owners, region_limit
 
 OPENING = 1 / 16
 """Tiles that a region costs for each query tile it touches: 4 of the 64 cycles of a tile.  It
 steers the choice and is not part of the density."""
 
+_TRIES = 4  # best candidates that are looked at where some would be one region too many
+_EIGHTHS = np.array([8, 4, 2, 1, 0])  # of a tile's work, by log2 of its segment; last: not computed
+
 
 class Move(NamedTuple):
-    """A change of a head's regions: what they then are, what it gains and costs in tiles."""
+    """A change of a head's regions: gain over cost, the gain, and what the regions then are."""
 
     ratio: float
     gain: float
-    cost: int
     regions: tuple[Region, ...]
 
 
@@ -57,99 +60,123 @@ class Head:
         self.value, self.tiles = self.score(self.regions)
 
     def score(self, regions: Sequence[Region]) -> tuple[float, int]:
-        """Value and tiles of work of a list of regions."""
-        segments = self._segments(regions)
-        value = sum(float(self.worth[k][segments == k].sum()) for k in range(len(self.worth)))
-        return value, computed_tiles(regions, self.length, self.length)
+        """Value, and tiles of work as `regions.computed_tiles` counts them."""
+        return self._score(segments_of(tuple(regions), self.length))
 
     def best_move(self, room: int) -> Move | None:
         """The change with the most gain per cost that fits into `room` tiles, or None.
 
         A region is added; where the head has as many as it may, one is given up for another.
         """
-        if best := self._best_addition(self.regions, self.value, self.tiles, room):
+        if best := self._best([self.regions], room):
             return best
         if len(self.regions) < region_limit(self.regions):
             return None
-        moves: list[Move] = []
-        for i, region in enumerate(self.regions):
-            if region in self.forced:
-                continue
-            rest = self.regions[:i] + self.regions[i + 1 :]
-            if move := self._best_addition(rest, self.value, self.tiles, room, tries=2):
-                moves.append(move)
-        return max(moves, key=lambda move: move.ratio, default=None)
+        rests = [
+            tuple(other for other in self.regions if other is not region)
+            for region in self.regions
+            if region not in self.forced
+        ]
+        return self._best(rests, room) if rests else None
 
     def best_single(self, room: int) -> Move | None:
-        """The addition with the most gain that fits into `room` tiles, or None."""
-        gains, costs = self._margins(self._segments(self.regions))
-        gains[costs > room] = -1.0
+        """The addition with the most gain, whatever its ratio, that fits into `room` tiles."""
+        gains, costs, most = self._margins([segments_of(self.regions, self.length)])
+        gains[most > room] = -1.0
         c = int(gains.argmax())
-        if gains[c] <= 0:
+        if gains.flat[c] <= 0:
             return None
-        ratio = gains[c] / max(costs[c], OPENING)
-        chosen = self.slimmed((*self.regions, self.offered.regions[c]))
-        return Move(float(ratio), float(gains[c]), int(costs[c]), chosen)
+        ratio = float(gains.flat[c] / max(costs.flat[c], OPENING))
+        return Move(ratio, float(gains.flat[c]), self._with(self.regions, c))
 
-    def slimmed(self, regions: Sequence[Region]) -> tuple[Region, ...]:
-        """The regions without those whose tiles the others compute as well."""
-        kept = list(regions)
-        wanted = self._segments(kept)
-        for region in tuple(kept):
-            rest = [other for other in kept if other is not region]
-            if rest and np.array_equal(self._segments(rest), wanted):
-                kept = rest
-        return tuple(kept)
-
-    def _best_addition(
-        self, regions: tuple[Region, ...], value: float, tiles: int, room: int, tries: int = 8
-    ) -> Move | None:
-        """The best candidate on top of `regions`, against a state of this value and cost."""
-        gains, costs = self._margins(self._segments(regions))
-        base_value, base_tiles = (
-            (value, tiles) if regions is self.regions else self.score(regions)
-        )
-        gains = gains + base_value - value
-        costs = costs + base_tiles - tiles
+    def _best(self, states: Sequence[tuple[Region, ...]], room: int) -> Move | None:
+        """The best candidate on top of any of these lists, held against what the head has."""
+        segments = [segments_of(state, self.length) for state in states]
+        scores = np.array([self._score(one) for one in segments])  # (states, 2)
+        gains, costs, most = self._margins(segments)  # (states, C)
+        gains += scores[:, :1] - self.value
+        costs += scores[:, 1:] - self.tiles
+        most += scores[:, 1:] - self.tiles
         ratios = gains / (np.maximum(costs, 0.0) + OPENING * self.offered.touched)
-        ratios[(gains <= 1e-12 * max(value, 1e-30)) | (costs > room)] = -1.0
-        for c in np.argsort(-ratios)[:tries]:
-            if ratios[c] <= 0:
+        ratios[(gains <= 1e-9 * self.value) | (most > room)] = -1.0
+        for place in np.argsort(-ratios, axis=None)[:_TRIES]:
+            state, c = np.unravel_index(place, ratios.shape)
+            if ratios[state, c] <= 0:
                 return None
-            chosen = self.slimmed((*regions, self.offered.regions[c]))
+            chosen = self._with(states[state], int(c))
             if len(chosen) <= region_limit(chosen):
-                return Move(float(ratios[c]), float(gains[c]), int(costs[c]), chosen)
+                return Move(float(ratios[state, c]), float(gains[state, c]), chosen)
         return None
 
-    def _margins(
-        self, segments: Int64[np.ndarray, "q_tiles k_tiles"]
-    ) -> tuple[Float[np.ndarray, " candidates"], Float[np.ndarray, " candidates"]]:
-        """Gain and cost in tiles of every candidate on top of a state."""
-        offered = self.offered
-        full, free = segments == 0, segments < 0
-        now = np.choose(segments + 1, [np.zeros_like(self.worth[0]), *self.worth])
-        eighths = np.choose(segments + 1, [0, 0, 4, 2, 1])  # of coarse tiles
-        # Products with the candidates' tiles, query tile by query tile.
-        columns = [~full, eighths, (self.worth[0] - now) * ~full]
-        columns += [self.worth[k] * free for k in (1, 2, 3)] + [free]
-        sums = offered.tiles @ np.stack(columns, -1).astype(np.float32)  # (Qt, C, 7)
-        packed = eighths.sum(1)[:, None]  # (Qt, 1)
-        coarse = offered.coarse
-        new_full, taken, fresh = sums[..., 0], sums[..., 1], sums[..., 6]
-        added = np.choose(coarse, [0, 4, 2, 1]) * fresh
-        after = np.where(coarse == 0, packed - taken, packed + added)
-        cost = np.ceil(after / 8) - np.ceil(packed / 8) + np.where(coarse == 0, new_full, 0)
-        by_kind = sums.sum(0)  # (C, 7)
-        gain = by_kind[np.arange(len(coarse)), 2 + coarse]
-        return gain.astype(np.float64), cost.sum(0)
+    def _with(self, regions: tuple[Region, ...], c: int) -> tuple[Region, ...]:
+        return slimmed((*regions, self.offered.regions[c]), self.length)
 
-    def _segments(self, regions: Sequence[Region]) -> Int64[np.ndarray, "q_tiles k_tiles"]:
-        """Of each tile log2 of the segment that it is computed with; -1 where it is not."""
-        kinds = np.array([region.log2s for region in regions] + [-1])
-        return kinds[owners(regions, self.length, self.length)]
+    def _score(self, segments: Int64[np.ndarray, "q_tiles k_tiles"]) -> tuple[float, int]:
+        value = sum(float(self.worth[k][segments == k].sum()) for k in range(len(self.worth)))
+        eighths = _EIGHTHS[segments]  # -1 is the last
+        packed = np.where(eighths < 8, eighths, 0).sum(1)
+        return value, int((eighths == 8).sum() + (-(-packed // 8)).sum())
+
+    def _margins(
+        self, states: Sequence[Int64[np.ndarray, "q_tiles k_tiles"]]
+    ) -> tuple[Float[np.ndarray, "states c"], ...]:
+        """Of every candidate on top of every state: its gain, its cost in tiles, and the most that
+        its cost can be once pooled keys are packed into whole tiles."""
+        offered = self.offered
+        columns: list[np.ndarray] = []
+        for segments in states:
+            free = segments < 0
+            now = np.where(free, 0.0, np.take_along_axis(self.worth, segments[None], 0)[0])
+            columns += [self.worth[0] - now, 8 - _EIGHTHS[segments]]
+            columns += [self.worth[k] * free for k in (1, 2, 3)] + [free]
+        wide = np.stack([column.reshape(-1) for column in columns], -1).astype(np.float32)
+        sums = (offered.tiles @ wide).reshape(len(offered.coarse), len(states), 6)  # one product
+        sums = sums.transpose(1, 0, 2).astype(np.float64)
+        coarse, every = offered.coarse, np.arange(len(offered.coarse))
+        gain = np.where(coarse == 0, sums[..., 0], sums[:, every, 1 + np.maximum(coarse, 1)])
+        cost = np.where(coarse == 0, sums[..., 1] / 8, sums[..., 5] * _EIGHTHS[coarse] / 8)
+        return gain, cost, cost + offered.touched
+
+
+def segments_of(regions: tuple[Region, ...], length: int) -> Int64[np.ndarray, "q_tiles k_tiles"]:
+    """Of each tile log2 of the segment that it is computed with (0: in full); -1 where it is not.
+
+    Of FULL and COARSE regions, whose ownership `regions.owners` defines.
+    """
+    found = np.full(_cover(regions[0], length).shape, -1)
+    for i in by_priority(regions):
+        cover = _cover(regions[i], length)
+        found[cover & (found < 0)] = regions[i].log2s
+    return found
+
+
+def slimmed(regions: tuple[Region, ...], length: int) -> tuple[Region, ...]:
+    """The regions without FULL ones that others cover, oldest first, and COARSE ones without a
+    tile of their own."""
+    covers = [_cover(region, length) for region in regions]
+    full = [region.mode is Mode.FULL for region in regions]
+    times = np.zeros(covers[0].shape, np.int64)
+    for cover, is_full in zip(covers, full, strict=True):
+        if is_full:
+            times += cover
+    taken = times > 0
+    kept: list[Region] = []
+    for region, cover, is_full in zip(regions, covers, full, strict=True):
+        if is_full and times[cover].min() > 1:
+            times -= cover
+        elif is_full or not taken[cover].all():
+            kept.append(region)
+            if not is_full:
+                taken = taken | cover
+    return tuple(kept)
 
 
 def full_rows(regions: Sequence[Region], length: int) -> Bool[np.ndarray, " q_tiles"]:
     """Which query tiles have a key tile that is computed in full."""
     full = np.array([region.mode is Mode.FULL for region in regions] + [False])
     return full[owners(regions, length, length)].any(1)
+
+
+@functools.lru_cache(maxsize=16384)
+def _cover(region: Region, length: int) -> Bool[np.ndarray, "q_tiles k_tiles"]:
+    return owners((region,), length, length) >= 0

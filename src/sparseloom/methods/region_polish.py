@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations
 
-from sparseloom.methods.region_head import OPENING, Head
+from sparseloom.methods.region_head import OPENING, Head, slimmed
 from sparseloom.regions import Mode, Region, region_limit, tile_grid
 
 Fill = Callable[[list[Head], int], float]
@@ -51,7 +51,7 @@ def _merge(head: Head, room: int) -> None:
             if (joined := hull(one, other)) is None:
                 continue
             rest = tuple(r for r in head.regions if r not in (one, other))
-            regions = head.slimmed((*rest, joined))
+            regions = slimmed((*rest, joined), head.length)
             value, tiles = head.score(regions)
             if tiles - head.tiles < most and tiles <= room and value >= head.value:
                 head.take(regions)
@@ -62,7 +62,7 @@ def _merge(head: Head, room: int) -> None:
 def _swap(head: Head, room: int, price: float) -> None:
     """Compute a region in another way where that gains more than its cost would elsewhere."""
     for region in _chosen(head):
-        for other in _other_modes(region):
+        for other in _other_modes(region) if head.offered.coarse.any() else ():
             if region not in head.regions:
                 break
             regions = tuple(other if r is region else r for r in head.regions)
@@ -108,7 +108,7 @@ def _other_modes(region: Region) -> Iterator[Region]:
 
 
 def _chosen(head: Head) -> list[Region]:
-    """Regions that are not forced; coarse ones only where coarse ones may be chosen at all."""
+    """Regions that are not forced."""
     return [region for region in head.regions if region not in head.forced]
 
 

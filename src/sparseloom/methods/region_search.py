@@ -21,7 +21,7 @@ from sparseloom.methods.region_tiles import top_tiles
 from sparseloom.methods.tile_statistics import TileStatistics
 from sparseloom.regions import HeadRegions, check_rows, computed_tiles, owners
 
-Select = Literal["saliency", "mass"]
+By = Literal["saliency", "mass"]
 Budget = Literal["global", "head"]
 Cover = Literal["regions", "tiles"]
 FORCE = ("diagonal", "row", "column")
@@ -33,7 +33,7 @@ class SearchSettings:
 
     Attributes:
         density: tiles of work over the allowed tiles of all layers and heads.
-        select: what tiles are valued by: `"saliency"` (with `mass_share` of mass) or `"mass"`.
+        by: what tiles are valued by: `"saliency"` (with `mass_share` of mass) or `"mass"`.
         mass_share: weight of mass beside saliency.
         coarse: whether regions may be coarse.
         budget: one `"global"` budget, or the same for every `"head"`.
@@ -44,7 +44,7 @@ class SearchSettings:
     """
 
     density: float = 0.4
-    select: Select = "saliency"
+    by: By = "saliency"
     mass_share: float = 0.2
     coarse: bool = True
     budget: Budget = "global"
@@ -57,7 +57,7 @@ class SearchSettings:
             raise ValueError(f"density must be in (0, 1], got {self.density}")
         if not 0.0 <= self.mass_share <= 1.0:
             raise ValueError(f"mass_share must be in [0, 1], got {self.mass_share}")
-        for name, kind in {"select": Select, "budget": Budget, "cover": Cover}.items():
+        for name, kind in {"by": By, "budget": Budget, "cover": Cover}.items():
             value, allowed = getattr(self, name), get_args(kind)
             if value not in allowed:
                 words = " or ".join(map(repr, allowed))
@@ -99,7 +99,7 @@ def tile_values(
         raise ValueError("statistics must hold at least one calibration input, got none")
     mass = statistics.mass / statistics.mass.sum()
     total = statistics.saliency.sum()
-    if settings.select == "mass" or total == 0:
+    if settings.by == "mass" or total == 0:
         return mass
     share = settings.mass_share
     return (1.0 - share) * statistics.saliency / total + share * mass
@@ -172,11 +172,10 @@ def fill(heads: list[Head], budget: int) -> float:
     while heap:
         _, number, move = heapq.heappop(heap)
         head = heads[number]
-        if move.cost <= room:
-            price = move.ratio
-            room += head.tiles
+        left = room + head.tiles - head.score(move.regions)[1]
+        if left >= 0:
+            price, room = move.ratio, left
             head.take(move.regions)
-            room -= head.tiles
         push(number)
     return price
 

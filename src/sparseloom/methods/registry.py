@@ -30,6 +30,7 @@ from sparseloom.methods.sinkhorn import Sinkhorn
 from sparseloom.methods.snapkv import SnapKV
 from sparseloom.methods.sparse_transformer import Fixed, Strided
 from sparseloom.methods.spatten import SpAtten
+from sparseloom.methods.static_sparse import StaticSparse
 from sparseloom.methods.streaming import StreamingLLM
 from sparseloom.methods.synthesizer import Synthesizer
 from sparseloom.methods.window import SlidingWindow
@@ -50,6 +51,7 @@ METHODS: dict[str, type[Method]] = {
         Fixed,
         Longformer,
         BigBird,
+        StaticSparse,
         Linformer,
         Performer,
         Reformer,

@@ -221,9 +221,7 @@ def finetune(
         module.train()
     watched = isinstance(method, Predicting) or entropy is not None
     try:
-        with sparsify(
-            model, method, when="always", observer=seen if watched else None
-        ) as sparse:
+        with sparsify(model, method, when="always", observer=seen if watched else None) as sparse:
 
             def before_step(step: int) -> None:
                 nonlocal now

@@ -71,9 +71,7 @@ def in_tiles(p: Float[Tensor, "*rows keys"], tile: int) -> Float[Tensor, "*rows 
     return nn.functional.pad(p, (0, short)).unflatten(-1, (-1, tile)).sum(-1)
 
 
-def entropy_target(
-    density: float, keys: Float[Tensor, "*rows"]
-) -> Float[Tensor, "*rows"]:
+def entropy_target(density: float, keys: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
     """Ĥ* = ½ · ln(density · n) / ln n: half the logarithm of what the budget keeps.
 
     No row is asked to be sharper than that, which keeps heads from collapsing.
