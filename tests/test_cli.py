@@ -23,6 +23,7 @@ COMMANDS = [
     "demo",
     "compare",
     "explain",
+    "entropy",
     "adapt",
     "search",
     "bench",
@@ -378,6 +379,37 @@ def test_adapt_calibrates_and_compare_takes_the_thresholds(run: Run, model: Path
     assert fresh["settings"]["thresholds"] != tuned["settings"]["thresholds"]
     assert given["density"] < 1.0
     assert fresh["density"] < 1.0
+
+
+def test_adapt_chooses_regions_and_compare_takes_them(run: Run, model: Path) -> None:
+    words = ("adapt", "--model", model, "--out", "masked", "--method", "static:density=0.8")
+    code, out, err = run(
+        *words, "--warmup-steps", 1, "--joint-steps", 1, "--calibration-steps", 1,
+        "--batch-size", 1, "--limit", 1, "--entropy-weight", 0.1, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert rows_of(out)[0]["density"] < 1.0
+    code, out, err = run(
+        "compare", "--model", "masked", "--limit", 1, "--json", "--method", "static:density=0.8",
+        "--method", "aligned:pattern=window,density=0.8",
+    )  # fmt: skip
+    assert code == 0, err
+    assert all(row["density"] < 1.0 for row in rows_of(out)[1:])
+
+
+def test_entropy_says_which_heads_are_sharp(run: Run, model: Path) -> None:
+    words = ("entropy", "--model", model, "--limit", 2, "--every", 16)
+    code, out, err = run(*words, "--json")
+    assert code == 0, err
+    rows = rows_of(out)
+    assert [(row["layer"], row["head"]) for row in rows] == [
+        (layer, head) for layer in range(2) for head in range(4)
+    ]
+    assert all(0 <= row["entropy"] <= row["mean_entropy"] + 1e-6 <= 1.01 for row in rows)
+    code, out, err = run(*words, "--html", "page.html")
+    assert code == 0, err
+    assert "decided by the input" in out
+    assert "What the input decides" in Path("page.html").read_text("utf-8")
 
 
 def test_adapt_takes_the_ramp_and_the_gradient(run: Run, model: Path) -> None:

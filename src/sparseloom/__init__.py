@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         StreamingLLM,
         Strided,
         Synthesizer,
+        TileAligned,
         format_method,
         parse_method,
     )
@@ -81,6 +82,7 @@ __all__ = [
     "StreamingLLM",
     "Strided",
     "Synthesizer",
+    "TileAligned",
     "Trace",
     "adapt",
     "attention",
@@ -133,6 +135,7 @@ _HOMES = {
         "Strided",
         "Synthesizer",
         "SpAtten",
+        "TileAligned",
         "format_method",
         "parse_method",
     ),

@@ -40,14 +40,18 @@ from sparseloom.methods import (
     SlidingWindow,
     SnapKV,
     SpAtten,
+    StaticSparse,
     StreamingLLM,
     Strided,
     Synthesizer,
+    TileAligned,
     format_method,
     method_names,
     parse_method,
 )
+from sparseloom.methods.region_table import RegionTable
 from sparseloom.methods.static import StaticPattern
+from sparseloom.regions import Mode, stripe
 
 HEADS, HEAD_DIM, HIDDEN = 2, 8, 24
 PREDICTOR = Predictor.for_shape(
@@ -64,6 +68,8 @@ SHAPE = MethodShape(
     is_causal=False,
 )
 ROTARY = dataclasses.replace(SHAPE, rotary=True, is_causal=True)
+EVERYWHERE = (stripe(0, 32), stripe(0, 64, mode=Mode.COARSE, segment=4))
+REGIONS = RegionTable.of({64: ((EVERYWHERE,) * HEADS,) * 2}, 1.0)
 GATE = AttentionGate(width=8).initialise(ROTARY).gate
 INDEXER = LightningIndexer(width=8, index_heads=2).initialise(ROTARY).indexer
 
@@ -132,6 +138,15 @@ EXAMPLES: dict[str, list[Method]] = {
         Longformer(window=4, dilation=2),
     ],
     "bigbird": [BigBird(block=2), BigBird(block=3, random_blocks=1, seed=4)],
+    "aligned": [
+        TileAligned(density=0.8),
+        TileAligned("bigbird", density=0.9, seed=2),
+        TileAligned("random"),
+    ],
+    "static": [
+        StaticSparse(density=1.0, regions=REGIONS),
+        StaticSparse(density=1.0, bits=8, force="diagonal", regions=REGIONS),
+    ],
     "linformer": [
         Linformer(rank=6).initialise(SHAPE),
         Linformer(rank=40, share_kv=True).initialise(SHAPE),
@@ -267,7 +282,8 @@ def test_cost_rule_and_costs(method: Method) -> None:
     assert method.prediction_macs(shape) >= 0
     assert not method.worthwhile(1, 1) or isinstance(method, Oracle)
     dropped = getattr(method, "sparsity", None) or getattr(method, "width", None)
-    dropped = dropped or getattr(method, "threshold", None) or isinstance(method, StaticPattern)
+    dropped = dropped or getattr(method, "threshold", None)
+    dropped = dropped or isinstance(method, (StaticPattern, StaticSparse, TileAligned))
     if isinstance(method, Elsa):
         dropped = method.p > 0
     assert method.worthwhile(4096, 4096) == bool(dropped)

@@ -56,7 +56,9 @@ def adapt(
     ] = 0,
     calibration_steps: Annotated[
         int,
-        typer.Option("--calibration-steps", min=1, help="Batches that thresholds are taken from."),
+        typer.Option(
+            "--calibration-steps", min=1, help="Batches that thresholds or regions are taken from."
+        ),
     ] = 8,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts per step.")] = 2,
     length: Annotated[
@@ -77,6 +79,13 @@ def adapt(
     ramp_share: Annotated[
         float, typer.Option("--ramp-share", help="Share of the joint steps in which it rises.")
     ] = 0.2,
+    entropy_weight: Annotated[
+        float, typer.Option("--entropy-weight", min=0.0, help="static: weight of the entropy.")
+    ] = 0.03,
+    mutual_weight: Annotated[
+        float,
+        typer.Option("--mutual-weight", min=0.0, help="static: weight of what the input decides."),
+    ] = 0.03,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of the model.")] = 1e-4,
     predictor_lr: Annotated[
         float, typer.Option("--predictor-lr", help="Peak learning rate of the predictor.")
@@ -93,22 +102,25 @@ def adapt(
 ) -> None:
     """Fine-tune model and predictor; a run that was stopped continues from its checkpoints.
 
-    A method that is calibrated (elsa) reads its thresholds off training text instead.
+    A method that is calibrated (elsa) reads its thresholds off training text instead.  For static
+    masks the warm-up steps are dense ones of the model, with the entropy terms; regions are chosen
+    after them, and the joint steps run with the mask.
     """
     import torch
 
-    from sparseloom.methods import Calibrated, Learned, parse_method
+    from sparseloom.methods import Calibrated, Learned, StaticSparse, parse_method
     from sparseloom.models import load_model
     from sparseloom.results import results
     from sparseloom.tasks import get_task
-    from sparseloom.training import SparsityRamp, calibrate, save
+    from sparseloom.training import EntropySettings, SparsityRamp, calibrate, save
     from sparseloom.training import adapt as train
 
     chosen = parse_method(method)
     calibrated = isinstance(chosen, Calibrated)
     if not calibrated and not isinstance(chosen, Learned):
         raise ValueError(
-            f"--method must be one with weights (dynamic:…) or thresholds (elsa:…), got {method!r}"
+            f"--method must be one with weights (dynamic:…), regions (static:…) or thresholds "
+            f"(elsa:…), got {method!r}"
         )
     if calibrated and joint_steps:
         raise ValueError(
@@ -123,6 +135,8 @@ def adapt(
     torch.manual_seed(seed)  # a fresh classifier draws its weights
     loaded = load_model(model, head=scorer.head, classes=scorer.classes)
     steps = calibration_steps if calibrated else warmup_steps + joint_steps
+    if isinstance(chosen, StaticSparse):
+        steps += calibration_steps
     batches = scorer.batches(loaded, steps=steps, batch_size=batch_size, context=length, seed=seed)
     adapted: Method
     if isinstance(chosen, Calibrated):
@@ -138,6 +152,8 @@ def adapt(
             loss_weight=loss_weight,
             gradient=None if gradient is None else gradient.value,
             ramp=None if ramp_from is None else SparsityRamp(ramp_from, ramp_share),
+            entropy=EntropySettings(entropy_weight=entropy_weight, mutual_weight=mutual_weight),
+            calibration_steps=calibration_steps,
             lr=lr,
             predictor_lr=predictor_lr,
             seed=seed,

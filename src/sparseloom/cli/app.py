@@ -9,6 +9,7 @@ import typer
 from sparseloom.cli.adapt import adapt
 from sparseloom.cli.bench import bench
 from sparseloom.cli.compare import compare, demo
+from sparseloom.cli.entropy import entropy
 from sparseloom.cli.explain import explain
 from sparseloom.cli.info import info, show_version
 from sparseloom.cli.search import search
@@ -35,5 +36,17 @@ def _common(
 ) -> None: ...
 
 
-for _command in (demo, compare, explain, adapt, search, bench, trace, simulate, reproduce, info):
+for _command in (
+    demo,
+    compare,
+    explain,
+    entropy,
+    adapt,
+    search,
+    bench,
+    trace,
+    simulate,
+    reproduce,
+    info,
+):
     app.command()(_command)

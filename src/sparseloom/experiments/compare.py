@@ -23,12 +23,13 @@ from sparseloom.methods import (
     Method,
     Pruner,
     Selector,
+    StaticSparse,
     costs,
     parse_method,
 )
 from sparseloom.results import ResultsFile
 from sparseloom.results import results as as_results
-from sparseloom.training import calibrate, load_method
+from sparseloom.training import calibrate, load_method, select_regions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -160,13 +161,15 @@ def with_predictor(
 ) -> Method:
     """The method with what it needs of the model: a predictor or settings that came with it.
 
-    Settings that are read off text (`Calibrated`) come from the training half of `task` where the
-    model brings none.
+    Settings that are read off text (`Calibrated`), and static regions, come from the training half
+    of `task` where the model brings none.
 
     Raises ValueError when the model brings none, or one of another width or precision.
     """
     if isinstance(method, Calibrated):
         return _calibrated(method, loaded, task, seed) if method.needs_calibration else method
+    if isinstance(method, StaticSparse):
+        return method if method.regions is not None else _static(method, loaded, task, seed)
     if not isinstance(method, DynamicSparse) or method.predictor is not None:
         return method
     shipped = saved_method(loaded)
@@ -176,6 +179,22 @@ def with_predictor(
             f"train one with `sparseloom adapt --model {loaded.name} --out DIR`, then --model DIR"
         )
     return dataclasses.replace(method, predictor=shipped.predictor)
+
+
+def _static(
+    method: StaticSparse, loaded: LoadedModel, task: Task | None, seed: int
+) -> StaticSparse:
+    shipped = saved_method(loaded)
+    if isinstance(shipped, StaticSparse) and shipped == method and shipped.regions is not None:
+        return shipped
+    if task is None:
+        raise ValueError(
+            f"method: {method} needs regions, and model {loaded.name!r} brings none for these "
+            f"settings: run `sparseloom adapt --model {loaded.name} --method {method} --out DIR` "
+            "first, then --model DIR"
+        )
+    batches = task.batches(loaded, steps=CALIBRATION_BATCHES, batch_size=2, seed=seed)
+    return select_regions(loaded.model, method, batches)
 
 
 def _calibrated(method: Calibrated, loaded: LoadedModel, task: Task | None, seed: int) -> Method:

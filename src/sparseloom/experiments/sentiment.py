@@ -140,7 +140,7 @@ def _base(study: Study, task: SentimentClassification, out: Path) -> Path:
             out=out / "base-run",
         )
 
-    tuned(folder, lambda: _classifier("minilm", study.seed), Dense(), train)
+    tuned(folder, lambda: classifier("minilm", study.seed), Dense(), train)
     return folder
 
 
@@ -185,10 +185,10 @@ def _tune(
             out=run,
         )
 
-    return tuned(out / slug(label), lambda: _classifier(base, study.seed), method, train)
+    return tuned(out / slug(label), lambda: classifier(base, study.seed), method, train)
 
 
-def _classifier(source: str | Path, seed: int) -> LoadedModel:
+def classifier(source: str | Path, seed: int) -> LoadedModel:
     """Without dropout of probabilities: PyTorch has no fast CPU attention with it."""
     torch.manual_seed(seed)
     loaded = load_model(str(source), head="classifier")

@@ -49,6 +49,7 @@ from sparseloom.methods.static_sparse import StaticSparse
 from sparseloom.methods.streaming import StreamingLLM
 from sparseloom.methods.synthesizer import Synthesizer
 from sparseloom.methods.thresholds import calibrate_thresholds
+from sparseloom.methods.tile_aligned import TileAligned
 from sparseloom.methods.window import SlidingWindow
 
 __all__ = [
@@ -97,6 +98,7 @@ __all__ = [
     "Strided",
     "Survivors",
     "Synthesizer",
+    "TileAligned",
     "Work",
     "budgets",
     "calibrate_thresholds",

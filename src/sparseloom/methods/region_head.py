@@ -16,7 +16,7 @@ OPENING = 1 / 16
 """Tiles that a region costs for each query tile it touches: 4 of the 64 cycles of a tile.  It
 steers the choice and is not part of the density."""
 
-_TRIES = 4  # best candidates that are looked at where some would be one region too many
+_TRIES = 12  # best candidates looked at, where some need more regions or tiles than there are
 _EIGHTHS = np.array([8, 4, 2, 1, 0])  # of a tile's work, by log2 of its segment; last: not computed
 
 
@@ -72,39 +72,42 @@ class Head:
             return best
         if len(self.regions) < region_limit(self.regions):
             return None
-        rests = [
-            tuple(other for other in self.regions if other is not region)
-            for region in self.regions
-            if region not in self.forced
-        ]
+        rests = [self.without(region) for region in self.regions if region not in self.forced]
         return self._best(rests, room) if rests else None
+
+    def without(self, region: Region, instead: Region | None = None) -> tuple[Region, ...]:
+        """The regions with another in one's place, or none; what is forced stays covered."""
+        rest = [other for other in self.regions if other is not region]
+        rest += [] if instead is None else [instead]
+        missing = [other for other in self.forced if other not in rest]
+        return slimmed((*missing, *rest), self.length)
 
     def best_single(self, room: int) -> Move | None:
         """The addition with the most gain, whatever its ratio, that fits into `room` tiles."""
-        gains, costs, most = self._margins([segments_of(self.regions, self.length)])
-        gains[most > room] = -1.0
+        gains, costs = (part[0] for part in self._margins([segments_of(self.regions, self.length)]))
+        gains[costs + self.offered.touched > room] = -1.0  # room enough however keys are packed
         c = int(gains.argmax())
-        if gains.flat[c] <= 0:
+        if gains[c] <= 0:
             return None
-        ratio = float(gains.flat[c] / max(costs.flat[c], OPENING))
-        return Move(ratio, float(gains.flat[c]), self._with(self.regions, c))
+        ratio = float(gains[c] / max(costs[c], OPENING))
+        return Move(ratio, float(gains[c]), self._with(self.regions, c))
 
     def _best(self, states: Sequence[tuple[Region, ...]], room: int) -> Move | None:
         """The best candidate on top of any of these lists, held against what the head has."""
         segments = [segments_of(state, self.length) for state in states]
         scores = np.array([self._score(one) for one in segments])  # (states, 2)
-        gains, costs, most = self._margins(segments)  # (states, C)
+        gains, costs = self._margins(segments)  # (states, C)
         gains += scores[:, :1] - self.value
         costs += scores[:, 1:] - self.tiles
-        most += scores[:, 1:] - self.tiles
         ratios = gains / (np.maximum(costs, 0.0) + OPENING * self.offered.touched)
-        ratios[(gains <= 1e-9 * self.value) | (most > room)] = -1.0
+        ratios[(gains <= 1e-9 * self.value) | (costs > room)] = -1.0
         for place in np.argsort(-ratios, axis=None)[:_TRIES]:
             state, c = np.unravel_index(place, ratios.shape)
             if ratios[state, c] <= 0:
                 return None
             chosen = self._with(states[state], int(c))
-            if len(chosen) <= region_limit(chosen):
+            fits = self.score(chosen)[1] - self.tiles <= room  # once pooled keys are packed
+            if fits and len(chosen) <= region_limit(chosen):
                 return Move(float(ratios[state, c]), float(gains[state, c]), chosen)
         return None
 
@@ -120,8 +123,8 @@ class Head:
     def _margins(
         self, states: Sequence[Int64[np.ndarray, "q_tiles k_tiles"]]
     ) -> tuple[Float[np.ndarray, "states c"], ...]:
-        """Of every candidate on top of every state: its gain, its cost in tiles, and the most that
-        its cost can be once pooled keys are packed into whole tiles."""
+        """Of every candidate on top of every state its gain, and its cost in tiles before pooled
+        keys are packed into whole ones."""
         offered = self.offered
         columns: list[np.ndarray] = []
         for segments in states:
@@ -135,7 +138,7 @@ class Head:
         coarse, every = offered.coarse, np.arange(len(offered.coarse))
         gain = np.where(coarse == 0, sums[..., 0], sums[:, every, 1 + np.maximum(coarse, 1)])
         cost = np.where(coarse == 0, sums[..., 1] / 8, sums[..., 5] * _EIGHTHS[coarse] / 8)
-        return gain, cost, cost + offered.touched
+        return gain, cost
 
 
 def segments_of(regions: tuple[Region, ...], length: int) -> Int64[np.ndarray, "q_tiles k_tiles"]:

@@ -65,7 +65,7 @@ def _swap(head: Head, room: int, price: float) -> None:
         for other in _other_modes(region) if head.offered.coarse.any() else ():
             if region not in head.regions:
                 break
-            regions = tuple(other if r is region else r for r in head.regions)
+            regions = head.without(region, other)
             if len(regions) > region_limit(regions):
                 continue
             value, tiles = head.score(regions)
@@ -76,7 +76,7 @@ def _swap(head: Head, room: int, price: float) -> None:
 def _drop(head: Head, price: float) -> None:
     """Give up regions whose tiles are worth more elsewhere."""
     for region in _chosen(head):
-        regions = tuple(r for r in head.regions if r is not region)
+        regions = head.without(region)
         if len(regions) > region_limit(regions):
             continue
         value, tiles = head.score(regions)

@@ -117,7 +117,7 @@ def search(statistics: TileStatistics, settings: SearchSettings) -> Found:
     force = tuple(f for f in settings.force if f != "row" or not statistics.is_causal)
     forced, covered = forced_regions(length, force=force, **causal)
     allowed = allowed_tiles(length, **causal)
-    budget = int(settings.density * layers * heads * allowed)
+    budget = int(settings.density * (layers * heads * allowed) + 1e-6)  # 0.6 · 660 is 396
     if layers * heads * int(covered.sum()) > budget:
         raise ValueError(
             f"density must be at least {covered.sum() / allowed:.4f} at {length} tokens to hold "

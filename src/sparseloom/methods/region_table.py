@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparseloom.kernels.regions import RegionPlan, plan_regions
 from sparseloom.regions import HeadRegions, decode_heads, encode_heads
-
-if TYPE_CHECKING:
-    from sparseloom.kernels.regions import RegionPlan
 
 _PLANS = 512  # kept at a time: of each layer one for every length of input
 
@@ -45,9 +43,7 @@ class RegionTable(nn.Module):
         self._known: tuple[int, ...] = ()
 
     @classmethod
-    def of(
-        cls, regions: Mapping[int, Sequence[LayerRegions]], density: float
-    ) -> RegionTable:
+    def of(cls, regions: Mapping[int, Sequence[LayerRegions]], density: float) -> RegionTable:
         """A table of regions by length, layer and head.
 
         Raises:
@@ -119,12 +115,8 @@ class RegionTable(nn.Module):
         """The words of a layer's heads, uint64 (words,)."""
         return encode_heads(self.regions(kv_len, layer))
 
-    def plan(
-        self, kv_len: int, layer: int, *, is_causal: bool, device: torch.device
-    ) -> RegionPlan:
+    def plan(self, kv_len: int, layer: int, *, is_causal: bool, device: torch.device) -> RegionPlan:
         """The plan of a layer for whole inputs of `kv_len` tokens, made once."""
-        from sparseloom.kernels.regions import plan_regions
-
         key = kv_len, layer, is_causal, device
         found = self._plans.get(key)
         if found is None:

@@ -33,6 +33,7 @@ from sparseloom.methods.spatten import SpAtten
 from sparseloom.methods.static_sparse import StaticSparse
 from sparseloom.methods.streaming import StreamingLLM
 from sparseloom.methods.synthesizer import Synthesizer
+from sparseloom.methods.tile_aligned import TileAligned
 from sparseloom.methods.window import SlidingWindow
 
 METHODS: dict[str, type[Method]] = {
@@ -51,6 +52,7 @@ METHODS: dict[str, type[Method]] = {
         Fixed,
         Longformer,
         BigBird,
+        TileAligned,
         StaticSparse,
         Linformer,
         Performer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,11 +22,9 @@ from sparseloom.methods.region_candidates import allowed_tiles, forced_regions
 from sparseloom.methods.region_search import FORCE, Budget, By, SearchSettings, search
 from sparseloom.methods.region_table import RegionTable
 from sparseloom.methods.settings import check_choice
+from sparseloom.methods.tile_statistics import TileStatistics
 from sparseloom.quantize import fake_quantize
 from sparseloom.regions import TILE_KEYS, TILE_QUERIES, Mode, band, computed_tiles, owners
-
-if TYPE_CHECKING:
-    from sparseloom.methods.tile_statistics import TileStatistics
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,12 @@ class StaticSparse(Selector, Attender, Learned):
 
     @classmethod
     def fit(
-        cls, model: Any, batches: Iterable[Mapping[str, Tensor]], *, density: float = 0.4, **more: Any
+        cls,
+        model: Any,
+        batches: Iterable[Mapping[str, Tensor]],
+        *,
+        density: float = 0.4,
+        **more: Any,
     ) -> StaticSparse:
         """A method with regions for `model`, which stays as it is.
 

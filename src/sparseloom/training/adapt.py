@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sparseloom.integrations import method_shape, sparsify
-from sparseloom.methods import Dense, Learned, Method, Predicting
-from sparseloom.training.entropy import EntropyLoss
+from sparseloom.methods import Dense, Learned, Method, Predicting, StaticSparse
+from sparseloom.training.entropy import EntropyLoss, EntropySettings
 from sparseloom.training.loop import Batch, LoopSettings, make_accelerator, repeat, run_loop
 from sparseloom.training.losses import LOSSES
 from sparseloom.training.predictor_loss import Collector, LossName, RowSampler, predictor_loss
@@ -46,6 +46,8 @@ def adapt(
     predictor_lr: float = 2e-3,
     query_rows: int | None = 256,
     ramp: SparsityRamp | None = None,
+    entropy: EntropySettings | None = None,
+    calibration_steps: int = 8,
     model_loss: ModelLoss | None = None,
     mixed_precision: Literal["no", "bf16", "fp16"] = "no",
     seed: int = 0,
@@ -61,7 +63,8 @@ def adapt(
             any other iterable is drawn from once.  `labels` are needed for joint steps, unless
             `model_loss` computes the loss.
         warmup_steps: predictor-only steps against the frozen dense model; for methods that
-            predict scores (`Predicting`).
+            predict scores (`Predicting`).  For `StaticSparse` dense steps of the model itself,
+            with the entropy terms; its regions are chosen after them.
         joint_steps: steps of model and predictor together, attention masked by the method.
         loss: `"kl"`, divergence of the attention distributions, or `"mse"`, equation 6.
         loss_weight: λ of equation 7.
@@ -70,6 +73,8 @@ def adapt(
             choice and the default for MSE).
         lr, predictor_lr: peak AdamW learning rates of model and predictor.
         query_rows: predictor-loss rows drawn per sequence and step; None takes all.
+        entropy, calibration_steps: of `StaticSparse`: the entropy terms, and the batches that its
+            regions are chosen from.
         ramp: lets the sparsity of the joint steps rise to the method's own; None: no rise.
         model_loss: (outputs, batch) → scalar; default `outputs.loss`.  Where it is given, the model
             does not get the `labels` of a batch.
@@ -87,6 +92,25 @@ def adapt(
             of another run in `out`.
     """
     _check(warmup_steps, joint_steps, loss, lr, predictor_lr, query_rows)
+    if isinstance(method, StaticSparse):
+        from sparseloom.training.static import adapt_static  # which needs `finetune`
+
+        made = adapt_static(
+            model,
+            method,
+            batches,
+            entropy_steps=warmup_steps,
+            masked_steps=joint_steps,
+            calibration_steps=calibration_steps,
+            entropy=entropy,
+            lr=lr,
+            model_loss=model_loss,
+            mixed_precision=mixed_precision,
+            seed=seed,
+            out=out,
+            progress=progress,
+        )
+        return cast("LearnedMethod", made)
     accelerator = make_accelerator(mixed_precision)
     adapted = method
     if method.module is None:
