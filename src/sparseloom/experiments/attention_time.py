@@ -23,7 +23,7 @@ def attention_contender(method: Method, calls: Sequence[AttentionInputs]) -> Cal
 
 def attend(method: Method, inputs: AttentionInputs, backend: str = "auto") -> torch.Tensor:
     """One attention call under `method`, outside any model; (batch, heads, q_len, head_dim)."""
-    if isinstance(method, Attender):
+    if isinstance(method, Attender) and method.replaces(inputs):
         return method.attend(inputs)
     mask = None
     if isinstance(method, Selector) and method.worthwhile(

@@ -30,7 +30,8 @@ class LayerStats(TypedDict):
         backend: the kernel that ran last.
         calls, dense_calls: attention calls, and those of them that the method ran dense.
         density: kept over allowed pairs (`SparseMask.density`).  Where attention is replaced no
-            mask leaves a pair out: density is 1, and the saving shows in `attention_macs`.
+            mask leaves a pair out: density is 1, and the saving shows in `attention_macs`.  Of
+            static regions the pairs in their tiles count, also those computed as means.
         kept_pairs, allowed_pairs: (query, key) pairs over batch and query heads.
         attention_macs, dense_macs: multiply-accumulates of Q·Kᵀ and P·V over the kept, and over
             the allowed pairs; of a method that replaces attention, its own count (`macs`), which

@@ -106,9 +106,11 @@ class Head:
             if ratios[state, c] <= 0:
                 return None
             chosen = self._with(states[state], int(c))
-            fits = self.score(chosen)[1] - self.tiles <= room  # once pooled keys are packed
-            if fits and len(chosen) <= region_limit(chosen):
-                return Move(float(ratios[state, c]), float(gains[state, c]), chosen)
+            after, tiles = self.score(chosen)  # exact, and pooled keys packed
+            gained = after - self.value
+            fits = tiles - self.tiles <= room and len(chosen) <= region_limit(chosen)
+            if fits and gained > 1e-6 * self.value:
+                return Move(float(ratios[state, c]), gained, chosen)
         return None
 
     def _with(self, regions: tuple[Region, ...], c: int) -> tuple[Region, ...]:

@@ -80,6 +80,8 @@ def _drop(head: Head, price: float) -> None:
         if len(regions) > region_limit(regions):
             continue
         value, tiles = head.score(regions)
+        if tiles > head.tiles:  # a finer coarse region beneath takes its place
+            continue
         touched = OPENING * min(region.r1 - region.r0, tile_grid(head.length, head.length)[0])
         if head.value - value < price * (head.tiles - tiles + touched):
             head.take(regions)
