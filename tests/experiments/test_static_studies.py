@@ -83,7 +83,7 @@ def folder(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, max_position_embeddings=80, num_labels=2,
+        intermediate_size=16, max_position_embeddings=80,
     )  # fmt: skip
     base = tmp_path / "base"
     BertForSequenceClassification(config).save_pretrained(base)

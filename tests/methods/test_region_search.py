@@ -161,8 +161,9 @@ def test_saliency_keeps_what_the_answer_hangs_on() -> None:
     found.saliency[:] = 0.0
     found.saliency[0, 0, 8:, 2] = 1.0
     kept: dict[str, bool] = {}
-    for name, by in {"mass": "mass", "saliency": "saliency"}.items():
-        chosen = SearchSettings(0.5, by=by, force=("diagonal",), coarse=False)
+    ways: tuple[Any, ...] = ("mass", "saliency")
+    for name in ways:
+        chosen = SearchSettings(0.5, by=name, force=("diagonal",), coarse=False)
         regions = search(found, chosen).regions[0][0]
         kept[name] = (segments_of(regions, LENGTH) == 0)[8:, 2].all()
     assert kept["saliency"]

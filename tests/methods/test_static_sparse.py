@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from sparseloom.integrations import sparsify
+from sparseloom.integrations import record, sparsify
 from sparseloom.kernels.regions_reference import reference_attention
 from sparseloom.methods import AttentionInputs, StaticSparse, TileAligned
 from sparseloom.methods.region_table import RegionTable
 from sparseloom.models.lra import LraConfig, LraForSequenceClassification
-from sparseloom.regions import Mode, band, computed_tiles, stripe
+from sparseloom.regions import Mode, band, computed_tiles, decode_heads, stripe
 from sparseloom.training import adapt, load, save, select_regions
 from sparseloom.training.static import cut, margin, tile_statistics
 
@@ -33,7 +33,6 @@ def bert() -> BertForSequenceClassification:
         num_attention_heads=2,
         max_position_embeddings=128,
         initializer_range=0.3,
-        num_labels=2,
     )
     return BertForSequenceClassification(config).eval()
 
@@ -82,6 +81,11 @@ def call(length: int, *, is_causal: bool = False, queries: int | None = None) ->
     )
 
 
+def table_of(method: StaticSparse) -> RegionTable:
+    assert method.regions is not None
+    return method.regions
+
+
 LOCAL = (band(0, 32), stripe(0, 32))
 MIXED = (*LOCAL, stripe(0, 96, mode=Mode.COARSE, segment=4))
 
@@ -92,6 +96,7 @@ def test_attention_is_that_of_the_regions(length: int, is_causal: bool) -> None:
     one = call(length, is_causal=is_causal)
     method = StaticSparse(density=0.5, regions=table(*MIXED))
     assert method.replaces(one)
+    assert one.value is not None
     wanted = reference_attention(
         one.query, one.key, one.value, (MIXED,), is_causal=is_causal, scale=0.3, enable_gqa=True
     )
@@ -168,9 +173,27 @@ def test_fitted_runs_and_comes_back_from_disk(kind: str, tmp_path: Path) -> None
         out = model(**batches[0]).logits
         stats = sparse.stats()
     assert {row["ran"] for row in stats} <= {"replaced", "sparse"}
-    assert all(0.4 < row["density"] < 1 for row in stats)
+    assert all(0.4 < row["density"] <= 1 for row in stats)
+    tiles = sum(row["attention_macs"] for row in stats if row["ran"] == "replaced")
+    assert tiles == sum(
+        3
+        * computed_tiles(head, LENGTH, LENGTH)
+        * 2
+        * 16
+        * 32
+        * model.config.hidden_size
+        // model.config.num_attention_heads
+        for row in stats
+        if row["ran"] == "replaced"
+        for head in table_of(method).regions(LENGTH, row["layer"])
+    )
     with torch.no_grad():
         assert not torch.allclose(out, model(**batches[0]).logits)
+    trace = record(model, method, {"input_ids": batches[0]["input_ids"][1:]})
+    (selection,) = trace.selections.values()
+    for layer, call in enumerate(selection.calls):
+        assert call.regions is not None
+        assert decode_heads(call.regions) == table_of(method).regions(LENGTH, layer)
     save(model, method, tmp_path / "saved")
     again, stored = load(tmp_path / "saved")
     assert stored == method

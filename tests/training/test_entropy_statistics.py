@@ -60,7 +60,7 @@ def test_the_page(tmp_path: Path) -> None:
         for layer in range(2)
         for head in range(3)
     ]
-    told = {"record": "entropy", "model": "tiny", "task": "words"}
+    told = {"record": "entropy", "model": "tiny", "data": "words"}
     rows = [{**told, **dataclasses.asdict(head)} for head in heads]
     write_entropy_page(tmp_path / "page.html", results(rows, command="test"))
     page = (tmp_path / "page.html").read_text("utf-8")

@@ -40,7 +40,7 @@ def entropy(
     scorer.load(data)
     loaded = load_model(model, head=scorer.head, classes=scorer.classes)
     heads = entropy_statistics(loaded.model, scorer.inputs(loaded, limit=limit), every=every)
-    told = {"record": "entropy", "model": model, "task": task}
+    told = {"record": "entropy", "model": model, "data": task}
     found = results(
         [{**told, **dataclasses.asdict(head)} for head in heads], command=command_line()
     )

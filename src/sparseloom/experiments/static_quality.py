@@ -104,7 +104,7 @@ def contenders(study: Study) -> dict[str, Contender]:
     def static(density: float, phase: str = "entropy", **more: Any) -> Contender:
         # At small densities rows and columns for a [CLS] would take the whole budget.
         force = "all" if density >= 0.2 else "diagonal"
-        settings = {"density": density, "force": force, **more}
+        settings: dict[str, Any] = {"density": density, "force": force, **more}
         return Contender(StaticSparse(**settings), phase, main=not more and phase == "entropy")
 
     def patterns(density: float) -> dict[str, Contender]:

@@ -90,21 +90,38 @@ def run_study(study: Study, out: Path) -> list[dict[str, Any]]:
     console = Console(stderr=True)
     rows: list[dict[str, Any]] = []
     for seed in range(study.seeds):
+        start: dict[str, Tensor] = {}  # the dense model that all pairs of weights go on from
         for pair in study.weights.split(","):
             file = out / f"seed-{seed}-{pair.replace('/', '-')}.json"
             settings = {**dataclasses.asdict(study), "seed": seed, "pair": pair}
 
-            def make(seed: int = seed, pair: str = pair) -> dict[str, Any]:
-                return _one(study, seed, *map(float, pair.split("/")))
+            def make(
+                seed: int = seed, pair: str = pair, start: dict[str, Tensor] = start
+            ) -> dict[str, Any]:
+                if not start:
+                    start.update(_dense(study, seed))
+                return _one(study, seed, start, *map(float, pair.split("/")))
 
             rows.append(kept_part(file, settings, make))
             console.print(rows[-1])
     return rows
 
 
-def _one(study: Study, seed: int, entropy_weight: float, mutual_weight: float) -> dict[str, Any]:
+def _dense(study: Study, seed: int) -> dict[str, Tensor]:
     model = _model(seed)
     _tune(model, Dense(), study.dense_steps, study, seed)
+    return model.state_dict()
+
+
+def _one(
+    study: Study,
+    seed: int,
+    start: dict[str, Tensor],
+    entropy_weight: float,
+    mutual_weight: float,
+) -> dict[str, Any]:
+    model = _model(seed)
+    model.load_state_dict(start)
     # No target: how far the terms go is what the study asks.
     terms = EntropySettings(
         entropy_weight=entropy_weight, mutual_weight=mutual_weight, density=1e-6, query_rows=None

@@ -17,7 +17,7 @@ from sparseloom.integrations.describe import attention_modules, chooses_in_cache
 from sparseloom.integrations.huggingface import sparsify
 from sparseloom.integrations.kept import Kept, whole
 from sparseloom.mask import SparseMask
-from sparseloom.methods import Dense, SpAtten, selection_name
+from sparseloom.methods import Dense, SpAtten, StaticSparse, selection_name
 from sparseloom.methods.base import AttentionInputs, Method, Pruner
 from sparseloom.trace import (
     AttentionCall,
@@ -187,6 +187,7 @@ class _Recorder:
                 AttentionCall(
                     mask=None if mask is None else _arrays(mask, inputs.is_causal),
                     predictor=None if mask is None else _predictor(self._method),
+                    regions=None if mask is None else _regions(self._method, inputs),
                 )
             )
         self._products[inputs.layer] = 0
@@ -310,6 +311,12 @@ def _pruned(kept: Kept, is_causal: bool) -> AttentionCall:
 
 def _plain(tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.cpu().numpy().copy()
+
+
+def _regions(method: Method, inputs: AttentionInputs) -> Any:
+    """The words of static regions, where all tokens are there at once."""
+    q_len, kv_len = inputs.query.shape[2], inputs.key.shape[2]
+    return method.encoded(inputs) if isinstance(method, StaticSparse) and q_len == kv_len else None
 
 
 def _predictor(method: Method) -> PredictorShape | None:

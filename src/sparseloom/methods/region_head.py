@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -66,14 +67,28 @@ class Head:
     def best_move(self, room: int) -> Move | None:
         """The change with the most gain per cost that fits into `room` tiles, or None.
 
-        A region is added; where the head has as many as it may, one is given up for another.
+        A region is added; where the head has as many as it may, one is given up for another; where
+        neither helps, one grows by a tile.
         """
         if best := self._best([self.regions], room):
             return best
         if len(self.regions) < region_limit(self.regions):
-            return None
+            return self._growth(room)
         rests = [self.without(region) for region in self.regions if region not in self.forced]
-        return self._best(rests, room) if rests else None
+        return (self._best(rests, room) if rests else None) or self._growth(room)
+
+    def _growth(self, room: int) -> Move | None:
+        """The best way to let one region grow by a key tile on a side or by a query tile."""
+        found: list[Move] = []
+        for region in self.regions:
+            for larger in _larger(region):
+                regions = self.without(region, larger)
+                value, tiles = self.score(regions)
+                gained, cost = value - self.value, tiles - self.tiles
+                fits = 0 < cost <= room and len(regions) <= region_limit(regions)
+                if fits and gained > 1e-6 * self.value:
+                    found.append(Move(gained / cost, gained, regions))
+        return max(found, key=lambda move: move.ratio, default=None)
 
     def without(self, region: Region, instead: Region | None = None) -> tuple[Region, ...]:
         """The regions with another in one's place, or none; what is forced stays covered."""
@@ -176,10 +191,22 @@ def slimmed(regions: tuple[Region, ...], length: int) -> tuple[Region, ...]:
     return tuple(kept)
 
 
+def _larger(region: Region) -> Iterator[Region]:
+    """One key tile wider on either side, or one query tile higher or lower."""
+    if region.width <= 1021:
+        yield replace(region, width=region.width + 2)
+        if region.c0 >= 0:
+            yield replace(region, c0=region.c0 - 2, width=region.width + 2)
+    if region.r0:
+        yield replace(region, r0=region.r0 - 1, c0=region.c0 - region.slope)
+    if region.r1 < 512:
+        yield replace(region, r1=region.r1 + 1)
+
+
 def full_rows(regions: Sequence[Region], length: int) -> Bool[np.ndarray, " q_tiles"]:
     """Which query tiles have a key tile that is computed in full."""
     full = np.array([region.mode is Mode.FULL for region in regions] + [False])
-    return full[owners(regions, length, length)].any(1)
+    return np.any(full[owners(regions, length, length)], axis=1)
 
 
 @functools.lru_cache(maxsize=16384)

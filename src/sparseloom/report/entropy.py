@@ -48,7 +48,7 @@ def write_entropy_page(path: Path, results: ResultsFile) -> None:
             Section(title, text, (_map(rows, key, most),)) for key, title, text, most in _PICTURES
         ],
         notes=[
-            f"Task: {rows[0]['task']}, {rows[0]['inputs']} sequences; means over query rows that "
+            f"Texts: {rows[0]['data']}, {rows[0]['inputs']} sequences; means over query rows that "
             "are no padding, the model dense.",
             "H in nats, n the keys that a row may attend to. The mass that a row has beyond its k "
             "largest probabilities is at most H / ln(k + 1).",

@@ -8,7 +8,7 @@ terms, calibration and choice of regions, steps with the mask in place.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -265,7 +265,7 @@ def _length(batch: Mapping[str, Tensor]) -> int:
 
 
 @contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
+def _differentiable(model: nn.Module) -> Generator[None]:
     """Evaluation mode with gradients everywhere; both restored on exit."""
     was_training = model.training
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
