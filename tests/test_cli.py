@@ -382,7 +382,7 @@ def test_adapt_calibrates_and_compare_takes_the_thresholds(run: Run, model: Path
 
 
 def test_adapt_chooses_regions_and_compare_takes_them(run: Run, model: Path) -> None:
-    words = ("adapt", "--model", model, "--out", "masked", "--method", "static:density=0.8")
+    words = ("adapt", "--model", model, "--out", "masked", "--method", "static:density=0.9")
     code, out, err = run(
         *words, "--warmup-steps", 1, "--joint-steps", 1, "--calibration-steps", 1,
         "--batch-size", 1, "--limit", 1, "--entropy-weight", 0.1, "--json",
@@ -390,7 +390,7 @@ def test_adapt_chooses_regions_and_compare_takes_them(run: Run, model: Path) -> 
     assert code == 0, err
     assert rows_of(out)[0]["density"] < 1.0
     code, out, err = run(
-        "compare", "--model", "masked", "--limit", 1, "--json", "--method", "static:density=0.8",
+        "compare", "--model", "masked", "--limit", 1, "--json", "--method", "static:density=0.9",
         "--method", "aligned:pattern=window,density=0.8",
     )  # fmt: skip
     assert code == 0, err

@@ -187,8 +187,10 @@ def test_fitted_runs_and_comes_back_from_disk(kind: str, tmp_path: Path) -> None
         if row["ran"] == "replaced"
         for head in table_of(method).regions(LENGTH, row["layer"])
     )
-    with torch.no_grad():
-        assert not torch.allclose(out, model(**batches[0]).logits)
+    assert sum(row["kept_pairs"] for row in stats) < sum(row["allowed_pairs"] for row in stats)
+    if causal:  # of a classifier the best tiles may be all that the answer hangs on
+        with torch.no_grad():
+            assert not torch.allclose(out, model(**batches[0]).logits)
     trace = record(model, method, {"input_ids": batches[0]["input_ids"][1:]})
     (selection,) = trace.selections.values()
     for layer, call in enumerate(selection.calls):

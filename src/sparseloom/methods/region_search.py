@@ -142,6 +142,7 @@ def search(statistics: TileStatistics, settings: SearchSettings) -> Found:
             if single is not None and single[0] > sum(head.value for head in pool):
                 for number, head in enumerate(pool):
                     head.take(single[2].regions if number == single[1] else head.forced)
+                price = fill(pool, room) or single[2].ratio
             polish(pool, room, price, settings.polishing, fill)
         found = [head.regions for head in state]
     by_layer = tuple(tuple(found[i * heads : (i + 1) * heads]) for i in range(layers))
