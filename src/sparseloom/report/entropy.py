@@ -50,6 +50,8 @@ def write_entropy_page(path: Path, results: ResultsFile) -> None:
         notes=[
             f"Texts: {rows[0]['data']}, {rows[0]['inputs']} sequences; means over query rows that "
             "are no padding, the model dense.",
+            f"What the input decides is at most ln {rows[0]['inputs']} / ln n with as many "
+            "sequences: more of them can only show more.",
             "H in nats, n the keys that a row may attend to. The mass that a row has beyond its k "
             "largest probabilities is at most H / ln(k + 1).",
         ],
