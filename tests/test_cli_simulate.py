@@ -89,7 +89,7 @@ def test_one_machine_is_compared_with_its_own_change(run: Run) -> None:
 def test_others_follow_to_a_fidelity_where_they_can(run: Run) -> None:
     words = ["--selection", "spatten", "--fidelity", "cycle", "--seed", 5, "--json"]
     code, out, _ = run(
-        "simulate", "a3_hpca_2020", COLA, "--machine", "dota_asplos_2022",
+        "simulate", "a3_hpca_2020", COLA, "--machine", "titan_xp",
         "--machine", "spatten_hpca_2021", *words,
     )  # fmt: skip
     assert code == 0
