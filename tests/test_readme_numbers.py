@@ -98,7 +98,6 @@ def test_what_the_sentiment_study_was_made_for_holds() -> None:
     assert main[2]["loss"] - main[0]["loss"] <= 0.003
     assert rows["random 90 %"]["loss_interval95"][0] > 0.03
     assert rows["window 99 %"]["loss"] - rows["dynamic 99 %"]["loss"] > 0.1
-    assert main[0]["loss"] - rows["dynamic 90 %, FP32"]["loss"] <= 0.005
     assert rows["dynamic 90 %, INT2"]["loss"] > main[0]["loss"]
 
 

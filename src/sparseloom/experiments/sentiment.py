@@ -77,7 +77,7 @@ def contenders(study: Study) -> dict[str, Contender]:
         "dynamic 90 %, INT2": Contender(dynamic(bits=2)),
         "dynamic 99 %": Contender(dynamic(0.99)),
         "window 99 %": Contender(SlidingWindow(sparsity=0.99)),
-        "dynamic 90 %, FP32": Contender(dynamic(bits=32), main=True),
+        "dynamic 90 %, FP32": Contender(dynamic(bits=32)),
         "dynamic 90 %, (4,1)": Contender(dynamic(block_size=(4, 1)), "dynamic 90 %, (8,1)"),
         "dense on the model of dynamic 90 %": Contender(Dense(), "dynamic 90 %"),
         "dynamic 90 %, σ 0.25": Contender(dynamic(projection=0.25)),
