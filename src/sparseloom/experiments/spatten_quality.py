@@ -97,7 +97,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "sts-b": Recipe(32, 100, 200, 5e-5, 1e-4, curves=True),
-    "sts-b-pairs": Recipe(32, 480, 960, 1e-4, 1e-4, front=0.5),
+    "sts-b-pairs": Recipe(32, 480, 320, 1e-4, 1e-4, front=0.5, adaptive=True),
     "sst-2": Recipe(64, 220, 90, 1e-4, 1e-4, front=0.5, adaptive=True),
     "cola": Recipe(32, 480, 160, 1e-4, 1e-4, front=0.5, adaptive=True),
 }
