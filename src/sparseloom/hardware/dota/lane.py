@@ -262,9 +262,9 @@ def _product(
                 s.banks[bank] = served + 1
                 there = max(there, served + 1)
             else:
-                first = key_of[at] * beats
+                beginning = key_of[at] * beats
                 for beat in range(beats):
-                    bank = (first + beat) % z.banks
+                    bank = (beginning + beat) % z.banks
                     served = max(s.banks[bank], ask)
                     s.banks[bank] = served + 1
                     there = max(there, served + 1)
