@@ -19,7 +19,6 @@ from jaxtyping import Float, Float64, Int64
 
 from sparseloom.hardware.config import MachineError
 from sparseloom.hardware.dota.config import DotaConfig
-from sparseloom.hardware.dota.groups import kept_keys
 from sparseloom.hardware.units.composed_multiplier import fitting
 from sparseloom.hardware.units.multipliers import fitting_shift, rounded
 from sparseloom.hardware.units.quantization import quantize
@@ -77,7 +76,7 @@ def attend(
     codes = [quantize(np.asarray(x, np.float64), bits) for x in (query, key, value)]
     q, k, v = codes
     parallel = min(config.detector.parallel_queries, mask.q_len)
-    offsets, keys = kept_keys(mask, sequence, head)
+    offsets, keys = mask.query_keys(sequence, head)
     order = schedule(
         offsets,
         keys,

@@ -15,8 +15,6 @@ from sparseloom.hardware.units.rmmu import detecting_rows, score_cycles, tile_cy
 from sparseloom.hardware.units.token_scheduler import schedule
 from sparseloom.trace import AttentionCall, MaskArrays, Operator, PredictorShape
 
-_Rows = tuple[Int64[np.ndarray, "rows_and_one"], Int32[np.ndarray, "kept"]]
-
 
 class Loads(NamedTuple):
     """Loads of one head, group by group.
@@ -171,7 +169,7 @@ class Lowering:
         if name not in self._known:
             self._alive.append(mask)  # an id must not be given out again
             s = self.config.scheduler
-            offsets, keys = kept_keys(mask, b, h, valid)
+            offsets, keys = mask.query_keys(b, h, valid)
             found = schedule(
                 offsets,
                 keys,
@@ -231,35 +229,6 @@ class Lowering:
             both = operator.head_dim + operator.value_dim
             table[0, ln.G_HEAD_BYTES] += earlier * both * width
         return table
-
-
-def kept_keys(
-    mask: MaskArrays, sequence: int, head: int, valid: Bool[np.ndarray, "kv_len"] | None = None
-) -> _Rows:
-    """The keys that each query of a head keeps, causality and padding applied.
-
-    Returns offsets (q_len + 1) and ascending keys; the offsets need not begin at 0.
-    """
-    rows, width = mask.block_size
-    offsets = mask.offsets[sequence, head]
-    if (rows, width) == (1, 1) and not mask.is_causal and valid is None:
-        return offsets, mask.indices
-    lengths = np.diff(offsets)
-    block_of = np.arange(mask.q_len) // rows
-    per_row = lengths[block_of]
-    ends = np.cumsum(per_row)
-    at = np.arange(per_row.sum()) - np.repeat(ends - per_row, per_row)
-    blocks = mask.indices[at + np.repeat(offsets[block_of], per_row)].astype(np.int64)
-    keys = (blocks[:, None] * width + np.arange(width)).reshape(-1)
-    row = np.repeat(np.arange(mask.q_len), per_row * width)
-    real = keys < mask.kv_len
-    if mask.is_causal:
-        real &= keys <= row + (mask.kv_len - mask.q_len)
-    if valid is not None:
-        real[real] &= valid[keys[real]]
-    counts = np.bincount(row[real], minlength=mask.q_len)
-    found = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return found, keys[real].astype(np.int32)
 
 
 def projection(
