@@ -213,7 +213,9 @@ def _times(study: Sequence[Row]) -> Iterator[Row]:
             what = f"{method}, batch {run['batch']}, {run['length']} tokens, whole model"
             found["cascade"].append((what, run["speedup"]))
         elif method.startswith(("static", "dynamic")):
-            what = f"{run['contender']}, {run['op']}, {run['dtype']}, {run['q_len']} tokens"
+            what = f"{run['contender']}, {run.get('op', 'attention')}, {run['dtype']}"
+            what += f", {run['q_len']} tokens"
+            what += f" of {run['head_dim']} dims" if "head_dim" in run else ""
             found[method.partition(":")[0].split()[0]].append((what, run["speedup"]))
     for (system, runs), source in zip(found.items(), TIMES, strict=True):
         for what, speedup in runs:
