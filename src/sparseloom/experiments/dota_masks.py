@@ -14,14 +14,15 @@ already and have another name stay.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sparseloom import hardware
 from sparseloom.experiments.reproduce.dota_benchmarks import ELSA_RETENTION
-from sparseloom.experiments.reproduce.dota_runs import DOTA, attention_alone, fidelity_of, measure
+from sparseloom.experiments.reproduce.dota_runs import DOTA, attention_alone, measure
 from sparseloom.hardware.load_savings import load_savings
 from sparseloom.results import read_results, write_results
 from sparseloom.trace import PredictorShape, Selection, Trace
@@ -58,23 +59,15 @@ PRECISIONS = (2, 4, 8, 16)
 def sensitivity(trace: Trace, case: str, *, fidelity: str = "cycle") -> list[dict[str, Any]]:
     """Attention's cycles of a selection with other settings of the machine and of the detection."""
     alone = attention_alone(trace)
-    used = fidelity_of(DOTA, fidelity)
-    config = hardware.load(DOTA).config.model_dump()
     found: list[dict[str, Any]] = []
     for name, settings in VARIANTS.items():
-        if all(_has(config, key) for key in settings):
-            report = hardware.load(DOTA, **settings).simulate(alone, case, fidelity=used)
-            found.append({"variant": name, "cycles": report.cycles, "stalls": report.stalls})
+        report = hardware.load(DOTA, **settings).simulate(alone, case, fidelity=fidelity)
+        found.append({"variant": name, "cycles": report.cycles, "stalls": report.stalls})
     for bits in PRECISIONS:
-        report = hardware.load(DOTA).simulate(with_bits(alone, case, bits), case, fidelity=used)
+        report = hardware.load(DOTA).simulate(with_bits(alone, case, bits), case, fidelity=fidelity)
         variant = f"detection in {bits} bits"
         found.append({"variant": variant, "cycles": report.cycles, "stalls": report.stalls})
     return found
-
-
-def _has(config: Mapping[str, Any], dotted: str) -> bool:
-    section, _, key = dotted.partition(".")
-    return key in config.get(section, {})
 
 
 def with_bits(trace: Trace, case: str, bits: Any) -> Trace:
@@ -159,7 +152,7 @@ def study(
         task: whose inputs, and whose sweep tells the retentions.
         folders: of adapted models, or built-in names.
         data: folder of the task's data.
-        fidelity: of the machines that have it.
+        fidelity: of DOTA and ELSA.
     """
     rows: list[dict[str, Any]] = []
     for folder in folders:
@@ -172,6 +165,7 @@ def study(
                 "record": "dota_masks",
                 "workload": name,
                 "task_name": task,
+                "folder": folder,
                 "sparsity": method.get("sparsity"),
                 "tokens": trace.workload.attention()[0].q_len,
                 "shape": model.model_dump(),
@@ -205,7 +199,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("results/dota_masks.json"))
     given = parser.parse_args(arguments)
     rows = study(given.name, given.task, given.folders, data=given.data, fidelity=given.fidelity)
-    write_results(given.results, merged(given.results, rows), command=parser.prog)
+    words = ["--name", given.name, "--task", given.task, *given.folders]
+    if given.fidelity != "cycle":
+        words += ["--fidelity", given.fidelity]
+    for row in rows:
+        row["run"] = f"{parser.prog} {shlex.join(words)}"
+    every = merged(given.results, rows)
+    # One command for each workload: all of them made the file.
+    runs = dict.fromkeys(row["run"] for row in every if "run" in row)
+    write_results(given.results, every, command=" && ".join(runs))
 
 
 if __name__ == "__main__":

@@ -280,12 +280,12 @@ def _module(method: Learned) -> nn.Module:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Generator[None, None, None]:
-    """The model in eval mode without gradients; both restored on exit."""
+def frozen(model: nn.Module, *, gradients: bool = False) -> Generator[None, None, None]:
+    """The model in eval mode, all parameters with `gradients` or none; both restored on exit."""
     was_training = model.training
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
-    model.requires_grad_(False)
+    model.requires_grad_(gradients)
     try:
         yield
     finally:

@@ -8,8 +8,7 @@ terms, calibration and choice of regions, steps with the mask in place.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -23,7 +22,7 @@ from sparseloom.methods import Dense, StaticSparse
 from sparseloom.methods.base import AttentionInputs
 from sparseloom.methods.tile_statistics import TileStatistics
 from sparseloom.regions import TILE_KEYS, TILE_QUERIES
-from sparseloom.training.adapt import ModelLoss, finetune
+from sparseloom.training.adapt import ModelLoss, finetune, frozen
 from sparseloom.training.checkpoint import WEIGHTS, load_method, save_method
 from sparseloom.training.entropy import EntropyLoss, EntropySettings
 from sparseloom.training.loop import Batch, LoopSettings, repeat
@@ -88,14 +87,14 @@ def adapt_static(
     source = repeat(batches)
 
     def tune(method: Any, steps: int, rate: float, name: str) -> None:
-        frozen = isinstance(method, StaticSparse)
+        masked = isinstance(method, StaticSparse)
         finetune(
             model,
             method,
             source,
             steps=steps,
             lr=rate,
-            entropy=EntropyLoss(plan, frozen=frozen, teacher=teacher, seed=seed),
+            entropy=EntropyLoss(plan, frozen=masked, teacher=teacher, seed=seed),
             settings=settings(steps),
             model_loss=model_loss,
             mixed_precision=mixed_precision,
@@ -176,7 +175,7 @@ def tile_statistics(
         raise ValueError(f"lengths must be at least {extra + 1}, got {sizes[0]}")
     sums = shape.is_causal, shape.layers, shape.heads, tile
     found = {n: TileStatistics(n, *sums) for n in sizes}
-    with _differentiable(model):
+    with frozen(model, gradients=True):
         for batch in every:
             whole = _length(batch) + extra
             for n in sizes:
@@ -262,18 +261,3 @@ def _attended(model: nn.Module, batch: Mapping[str, Tensor], device: torch.devic
 
 def _length(batch: Mapping[str, Tensor]) -> int:
     return batch["input_ids"].shape[-1]
-
-
-@contextmanager
-def _differentiable(model: nn.Module) -> Generator[None]:
-    """Evaluation mode with gradients everywhere; both restored on exit."""
-    was_training = model.training
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    model.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        model.train(was_training)

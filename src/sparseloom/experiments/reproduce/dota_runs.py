@@ -26,12 +26,6 @@ PARTS = ("linear", "detection", "attention", "other")
 Numbers = dict[str, Any]
 
 
-def fidelity_of(name: str, wanted: str) -> str:
-    """The fidelity if the machine has it, else its own."""
-    known = hardware.load(name).fidelities
-    return wanted if wanted in known else known[0]
-
-
 def attention_alone(trace: Trace) -> Trace:
     """The trace without its other operators."""
     workload = trace.workload
@@ -49,7 +43,7 @@ def measure(
         trace: of the whole model, one sequence.
         case: the selection that DOTA runs.
         elsa: the selection that ELSA runs; None: ELSA has no part.
-        fidelity: taken where a machine has it.
+        fidelity: of both machines.
         times: what to multiply with, where the trace is a part of the model.
 
     Returns:
@@ -57,11 +51,9 @@ def measure(
         counted there), `closed` in closed form, `lane_seconds` and `elsa_seconds` of attention
         with detection, `attention_joules`, `stalls` by cause.
     """
-    found = hardware.load(DOTA).simulate(trace, case, fidelity=fidelity_of(DOTA, fidelity))
+    found = hardware.load(DOTA).simulate(trace, case, fidelity=fidelity)
     alone = attention_alone(trace)
-    lane = hardware.load(DOTA, lanes=1, **_one_lane()).simulate(
-        alone, case, fidelity=fidelity_of(DOTA, fidelity)
-    )
+    lane = hardware.load(DOTA, lanes=1, **_one_lane()).simulate(alone, case, fidelity=fidelity)
     closed = hardware.load(DOTA).simulate(trace, case)
     energy = hardware.load(DOTA).simulate(alone, case).total_energy
     made: Numbers = {
@@ -80,7 +72,7 @@ def measure(
 def elsa_seconds(trace: Trace, selection: str, fidelity: str) -> float:
     """Seconds of attention on one ELSA unit that computes what a selection keeps."""
     unit = hardware.load(ELSA, **{"search.evidence": "selection"})
-    return unit.simulate(trace, selection, fidelity=fidelity_of(ELSA, fidelity)).seconds
+    return unit.simulate(trace, selection, fidelity=fidelity).seconds
 
 
 def _one_lane() -> dict[str, float]:
