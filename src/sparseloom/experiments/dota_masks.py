@@ -98,11 +98,15 @@ def costs(trace: Trace, case: str, elsa: str, *, fidelity: str = "cycle") -> dic
     }
 
 
-def record_masks(folder: str, task: str, data: Path | None) -> tuple[Trace, str, str]:
+def record_masks(
+    folder: str, task: str, data: Path | None, *, tokens: int | None = None
+) -> tuple[Trace, str, str]:
     """One input of a task through an adapted model: the trace, its selection, and ELSA's.
 
+    The input is the longest of a few, cut to `tokens` where that is given.
+
     Raises:
-        ValueError: the model's method is not dynamic sparse attention.
+        ValueError: the model's method is not dynamic sparse attention, or no input is so long.
     """
     from sparseloom.experiments.compare import saved_method
     from sparseloom.integrations import record
@@ -117,6 +121,11 @@ def record_masks(folder: str, task: str, data: Path | None) -> tuple[Trace, str,
     if not isinstance(method, DynamicSparse):
         raise ValueError(f"folder {folder} must hold a model with dynamic attention, got {method}")
     inputs = _longest(scorer.inputs(loaded, limit=INPUTS))
+    if tokens is not None:
+        longest = inputs["input_ids"].shape[1]
+        if longest < tokens:
+            raise ValueError(f"tokens must be at most {longest}, the longest input, got {tokens}")
+        inputs = {key: value[:, :tokens] for key, value in inputs.items()}
     ours = record(loaded.model, method, inputs)
     theirs = record(loaded.model, Elsa(retention=ELSA_RETENTION), inputs)
     (case,), (elsa,) = ours.selections, theirs.selections
