@@ -123,7 +123,7 @@ def study(settings: Study, out: Path, data: Path | None) -> list[dict[str, Any]]
                 "shape": trace.workload.model.model_dump(),
                 "tokens": benchmark.length,
                 "density": trace.density(case),
-                "machine": DOTA,
+                "accelerator": DOTA,
                 "numbers": timed(trace, case, settings.repeats),
             }
         )
