@@ -14,6 +14,8 @@ from sparseloom.kernels.triton.compile_report import (
     tensor_core_instructions,
 )
 
+triton = pytest.importorskip("triton")
+
 KERNELS = """
 import triton
 import triton.language as tl
