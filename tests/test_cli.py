@@ -326,6 +326,58 @@ def test_bench_of_decoding(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (code, err) == (2, "error: kept must be in (0, 1], got 2.0\n")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_bench_without_a_card_is_one_sentence(run: Run) -> None:
+    for words in ((), ("--calibrate",)):
+        code, out, err = run("bench", "--device", "cuda", *words)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: --device cuda needs a CUDA device: ")
+        assert err.count("\n") == 1
+
+
+def test_bench_on_a_card_shows_it_and_its_goals(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from sparseloom.experiments.gpu import bench, card
+
+    asked: list[Any] = []
+    timed = {
+        "op": "attention", "path": "whole", "contender": "dynamic", "q_len": 8192, "kv_len": 8192,
+        "heads": 32, "head_dim": 128, "block_size": [64, 1], "sparsity": 0.95, "causal": True,
+        "dtype": "bfloat16", "ms": 0.5, "spread": 0.01, "baseline": "sdpa flash",
+        "baseline_ms": 1.0, "speedup": 2.0, "gflops": 123456.0, "peak_bytes": 3 << 20,
+        "rule": "sparse", "rule_over_dense": 0.5, "timed_as": "graph",
+    }  # fmt: skip
+    rows = [
+        {"record": "card", "name": "H200", "driver": "570.1", "cuda": "12.8", "cudnn": 91002},
+        {"record": "gpu peaks", "bf16_gflops": 790e3, "fp16_gflops": 780e3, "int8_gops": 1500e3,
+         "dram_gbytes_s": 4321.0},
+        timed,
+        {"record": "goal", "name": "whole path", "value": 2.0, "wanted": 4.0, "met": False},
+    ]  # fmt: skip
+
+    def measured(cases: Any, **_: Any) -> list[dict[str, Any]]:
+        asked.extend(cases)
+        return rows
+
+    monkeypatch.setattr(card, "check_card", lambda: None)
+    monkeypatch.setattr(bench, "bench_cuda", measured)
+    words = ("bench", "--device", "cuda", "--q-len", 8192, "--block-size", "64x1")
+    code, out, err = run(*words, "--out", "gpu.json")
+    assert code == 0, err
+    assert {(case.heads, case.head_dim, case.dtype) for case in asked} == {(32, 128, "bfloat16")}
+    assert [case.sparsity for case in asked] == [0.9, 0.95, 0.99]
+    assert "H200, driver 570.1, CUDA 12.8, cuDNN 91002" in out
+    assert "790 TFLOP/s bf16, 780 TFLOP/s fp16, 1,500 TOP/s int8, 4.32 TB/s memory" in out
+    assert "123.46" in out  # TFLOP/s
+    assert "NO       2.00 (goal 4)  whole path" in out
+    assert "gpu.json" in out
+    stored = json.loads((tmp_path / "gpu.json").read_text("utf-8"))["rows"]
+    assert [row.get("record") or row["op"] for row in stored] == [
+        "card", "gpu peaks", "attention", "goal",
+    ]  # fmt: skip
+
+
 def test_bench_of_recorded_masks(run: Run, quick_peaks: None, trace: Path) -> None:
     code, out, err = run(
         "bench", "--mask", f"trace:{trace}", "--head-dim", 16, "--repeats", 1, "--json",
@@ -540,6 +592,8 @@ BAD = {
     "bench heads": (["bench", "--heads", "6", "--kv-heads", "4"], "multiple of kv_heads"),
     "bench backend": (["bench", "--backend", "cuda"], "reference"),
     "bench operation": (["bench", "sorting"], "attention"),
+    "bench decode on a card": (["bench", "decode", "--device", "cuda"], "times attention"),
+    "bench memory on a card": (["bench", "--device", "cuda", "--memory"], "--memory is for"),
     "unknown paper": (["reproduce", "nature"], "dsa_tc_2022"),
     "unknown table": (["reproduce", "dsa_tc_2022", "table99"], "table1"),
     "no stored run": (["reproduce", "dsa_tc_2022", "table1"], "--run"),

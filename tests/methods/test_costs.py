@@ -271,3 +271,46 @@ def test_own_tables_come_first(home: Path, machine: Any) -> None:
 def test_without_the_backend_there_is_no_table(machine: Any) -> None:
     machine("avx512", "not built")
     assert costs.table_in_use() is None
+
+
+def on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+def test_the_table_of_a_card_is_the_users_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SPARSELOOM_CALIBRATION", str(tmp_path / "tables.json"))
+    card = {"cpu": "NVIDIA H200", "tier": "sm_90"}
+    for other in ({"cpu": "NVIDIA A100", "tier": "sm_80"}, {"cpu": "NVIDIA H200", "tier": "sm_80"}):
+        costs.save_table(table(**other))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert costs.table_of_card() is None
+    on_a_card(monkeypatch)
+    assert costs.table_of_card() is None  # nothing is known of this one
+    costs.save_table(table(**card))
+    found = costs.table_of_card()
+    assert found is not None
+    assert (found.cpu, found.tier) == ("NVIDIA H200", "sm_90")
+
+
+def test_the_rule_on_a_card(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    use(None)  # the CPU's table has no say
+    with FakeTensorMode():
+        query, key, value = (torch.empty(1, 8, 512, 64, device="cuda") for _ in range(3))
+        hidden = torch.empty(1, 512, 512, device="cuda")
+        inputs = inputs_of(query=query, key=key, value=value, hidden_states=hidden)
+    monkeypatch.setattr(costs, "table_of_card", lambda: None)
+    assert costs.pays(METHOD, inputs)  # a card that was not measured: select
+    monkeypatch.setattr(costs, "table_of_card", table)
+    assert costs.pays(METHOD, inputs)
+    assert not costs.pays(dataclasses.replace(METHOD, sparsity=0.1), inputs)
+    only = {"attend": {"float32": {"64x1": {"pairs": 0.1}}}}
+    monkeypatch.setattr(costs, "table_of_card", lambda: table(**only))
+    assert not costs.pays(METHOD, inputs)  # 8x1 is smaller than all that was measured
+    half = dataclasses.replace(inputs, query=query.bfloat16())
+    assert not costs.pays(METHOD, half)

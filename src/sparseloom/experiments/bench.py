@@ -23,10 +23,11 @@ from sparseloom.experiments.bench_contenders import (
     untrained,
 )
 from sparseloom.experiments.bench_masks import model_mask, random_mask
+from sparseloom.experiments.bench_rows import attention_row, refused_row
 from sparseloom.experiments.timing import Timing, interleave
 from sparseloom.kernels.cpu.peaks import Peaks, measure_peaks
 from sparseloom.mask import SparseMask
-from sparseloom.methods import DynamicSparse, costs
+from sparseloom.methods import costs
 
 __all__ = [
     "AttentionCase",
@@ -82,12 +83,12 @@ def bench_attention(
         found, refused = contenders_of(case, mask, chosen, seed)
         times = _timed(case, found, repeats, say)
         timed = [
-            _row(case, name, found[name], times, peaks, seed)
+            attention_row(case, name, found[name], times, BASELINE, peaks, seed)
             | ({} if memory is False else _memory(case, name, found[name], seed, say))
             for name in found
         ]
         rows += timed
-        rows += [_refused(case, name, note) for name, note in refused.items()]
+        rows += [refused_row(case, name, note) for name, note in refused.items()]
     return rows
 
 
@@ -114,7 +115,7 @@ def bench_predict(
             mask = method.select(inputs)
         found["select"] = Contender(lambda m=method, i=inputs: m.select(i), mask, "select", "int4")
         times = _timed(case, found, repeats, say)
-        row = _row(case, "select", found["select"], times, peaks, seed)
+        row = attention_row(case, "select", found["select"], times, BASELINE, peaks, seed)
         ops = 2 * method.prediction_macs(case.shape)
         row |= {
             "op": "predict",
@@ -123,7 +124,8 @@ def bench_predict(
             "width": method.predictor.width if method.predictor is not None else None,
         }
         row["peak_fraction"] = row["gflops"] / row["peak_gflops"]
-        rows += [_row(case, BASELINE, found[BASELINE], times, peaks, seed) | {"op": "predict"}, row]
+        dense = attention_row(case, BASELINE, found[BASELINE], times, BASELINE, peaks, seed)
+        rows += [dense | {"op": "predict"}, row]
     return rows
 
 
@@ -199,72 +201,6 @@ def _timed(
         )
 
 
-def _row(
-    case: AttentionCase,
-    name: str,
-    contender: Contender,
-    times: Mapping[str, Timing],
-    peaks: Peaks,
-    seed: int,
-) -> dict[str, Any]:
-    time, dense, mask = times[name], times[BASELINE], contender.mask
-    full = SparseMask.full(case.q_len, case.kv_len) if mask is None else mask
-    pairs = int(full.kept_pairs(is_causal=case.causal).sum()) * (case.heads // full.heads)
-    dtype = DTYPES.get(contender.dtype, torch.float32)
-    moved = dtype.itemsize * case.head_dim * 2
-    moved *= case.heads * case.q_len + case.kv_heads * case.kv_len
-    if mask is not None:
-        moved += 4 * mask.nnz
-    # Two products forward; backward computes the scores anew and four more.
-    products = 7 if case.gradients else 2
-    gflops = 2 * products * case.head_dim * pairs / time.ms / 1e6
-    peak = peaks.of(dtype)
-    return {
-        "op": "attention",
-        "path": contender.path,
-        "passes": "forward+backward" if case.gradients else "forward",
-        "contender": name,
-        "q_len": case.q_len,
-        "kv_len": case.kv_len,
-        "heads": case.heads,
-        "kv_heads": case.kv_heads,
-        "head_dim": case.head_dim,
-        "block_size": None if mask is None else list(case.block_size),
-        "sparsity": 0.0 if mask is None else case.sparsity,
-        "density": full.density(is_causal=case.causal),
-        "mask": None if mask is None else case.mask,
-        "dtype": contender.dtype,
-        "causal": case.causal,
-        "ms": time.ms,
-        "spread": time.spread,
-        "repeats": time.repeats,
-        "baseline": BASELINE,
-        "baseline_ms": dense.ms,
-        "speedup": dense.ms / time.ms,
-        "gflops": gflops,
-        "gbytes_s": moved / time.ms / 1e6,
-        "peak_gflops": peak,
-        "peak_gbytes_s": peaks.dram_gbytes_s,
-        "peak_fraction": gflops / peak,
-        "seed": seed,
-    } | (_settings(case, seed) if contender.path in ("whole", "select") else {})
-
-
-def _settings(case: AttentionCase, seed: int) -> dict[str, Any]:
-    """How it selects, and what the cost rule would do, had it a say here."""
-    method = untrained(case, seed)
-    settings = {"projection": method.projection, "bits": method.bits, "pooling": method.pooling}
-    return settings | _rule(case, method)
-
-
-def _rule(case: AttentionCase, method: DynamicSparse) -> dict[str, Any]:
-    found = costs.forecast(method, case.shape, case.dtype)
-    if found is None:
-        return {"rule": "dense", "rule_ratio": None}
-    verdict = "sparse" if found.ratio <= costs.MARGIN else "dense"
-    return {"rule": verdict, "rule_ratio": found.ratio}
-
-
 def _memory(
     case: AttentionCase, name: str, contender: Contender, seed: int, say: Say
 ) -> dict[str, Any]:
@@ -280,18 +216,6 @@ def _memory(
         mask = contender.mask
         made += mask.indices.nbytes + mask.offsets.nbytes
     return {"peak_bytes": found, "extra_bytes": max(0, found - made)}
-
-
-def _refused(case: AttentionCase, name: str, note: str) -> dict[str, Any]:
-    return {
-        "record": "refused",
-        "contender": name,
-        "block_size": list(case.block_size),
-        "q_len": case.q_len,
-        "kv_len": case.kv_len,
-        "dtype": case.dtype,
-        "note": note,
-    }
 
 
 def _nothing(case: AttentionCase) -> SparseMask:

@@ -65,12 +65,12 @@ class Tensors:
         return Tensors(**cast)
 
 
-def draw_tensors(case: AttentionCase, seed: int) -> Tensors:
-    """Normal random inputs in fp32."""
-    generator = torch.Generator().manual_seed(seed)
+def draw_tensors(case: AttentionCase, seed: int, device: torch.device | str = "cpu") -> Tensors:
+    """Normal random inputs in fp32, drawn where they are to lie."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=device)
 
     return Tensors(
         query=draw(1, case.heads, case.q_len, case.head_dim),
@@ -128,19 +128,19 @@ def _makers(
     drawn = draw_tensors(case, seed)
     own = drawn.to(DTYPES[case.dtype], gradients=case.gradients)
     fp32 = drawn.to(torch.float32, gradients=case.gradients)
-    makers = {BASELINE: lambda: Contender(_sdpa(case, fp32), None, "given", "float32")}
+    makers = {BASELINE: lambda: Contender(run_sdpa(case, fp32), None, "given", "float32")}
     if case.dtype != "float32":
         makers[f"sdpa {case.dtype}"] = lambda: Contender(
-            _sdpa(case, own), None, "given", case.dtype
+            run_sdpa(case, own), None, "given", case.dtype
         )
     if "cpu" in names:
         makers["cpu dense"] = lambda: Contender(
-            _kernel(case, own, None, "cpu"), None, "given", case.dtype
+            run_kernel(case, own, None, "cpu"), None, "given", case.dtype
         )
     for name in names:
         makers[name] = _maker(name, case, own, mask)
     if case.q_len == case.kv_len and case.mask == "random":
-        makers["dynamic"] = lambda: _dynamic(case, own, seed)
+        makers["dynamic"] = lambda: dynamic(case, own, seed)
     return makers
 
 
@@ -164,7 +164,7 @@ def _maker(
             scores = case.heads * case.q_len * case.kv_len
             if name == "reference" and scores > _REFERENCE_PAIRS:
                 raise ValueError(f"left out: it would compute all {scores:,} scores")
-            run = _kernel(case, tensors, mask, name)
+            run = run_kernel(case, tensors, mask, name)
         return Contender(run, mask, "given", case.dtype)
 
     return make
@@ -182,7 +182,8 @@ def with_backward(tensors: Tensors, forward: Callable[[], Tensor]) -> Callable[[
     return run
 
 
-def _sdpa(case: AttentionCase, tensors: Tensors) -> Callable[[], object]:
+def run_sdpa(case: AttentionCase, tensors: Tensors) -> Callable[[], object]:
+    """Dense attention by whatever kernel PyTorch chooses."""
     q, k, v = tensors.query, tensors.key, tensors.value
     grouped = case.heads != case.kv_heads
 
@@ -194,9 +195,10 @@ def _sdpa(case: AttentionCase, tensors: Tensors) -> Callable[[], object]:
     return with_backward(tensors, forward) if case.gradients else forward
 
 
-def _kernel(
+def run_kernel(
     case: AttentionCase, tensors: Tensors, mask: SparseMask | None, backend: str
 ) -> Callable[[], object]:
+    """One of our backends on a mask that is there."""
     grouped = case.heads != case.kv_heads
 
     def forward() -> Tensor:
@@ -267,9 +269,11 @@ def _csr(case: AttentionCase, tensors: Tensors, mask: SparseMask) -> Callable[[]
     return run
 
 
-def _dynamic(case: AttentionCase, tensors: Tensors, seed: int) -> Contender:
+def dynamic(
+    case: AttentionCase, tensors: Tensors, seed: int, *, backend: str = "auto"
+) -> Contender:
     """The whole path; the predictor is untrained: time does not depend on what it learned."""
-    method = untrained(case, seed)
+    method = untrained(case, seed, device=tensors.query.device)
     inputs = inputs_of(case, tensors)
     grouped = case.heads != case.kv_heads
 
@@ -279,7 +283,7 @@ def _dynamic(case: AttentionCase, tensors: Tensors, seed: int) -> Contender:
         return _out(
             attention(
                 tensors.query, tensors.key, tensors.value, mask,
-                is_causal=case.causal, enable_gqa=grouped,
+                is_causal=case.causal, enable_gqa=grouped, backend=backend,
             )
         )  # fmt: skip
 
@@ -289,7 +293,12 @@ def _dynamic(case: AttentionCase, tensors: Tensors, seed: int) -> Contender:
     return Contender(run, mask, "whole", case.dtype)
 
 
-def untrained(case: AttentionCase, seed: int, projection: float = 0.25) -> DynamicSparse:
+def untrained(
+    case: AttentionCase,
+    seed: int,
+    projection: float = 0.25,
+    device: torch.device | str = "cpu",
+) -> DynamicSparse:
     """The method of the whole path, as the paper has it: σ = 0.25 and INT4.
 
     It has seen one batch: without, its scales would be searched for in every call.
@@ -314,7 +323,7 @@ def untrained(case: AttentionCase, seed: int, projection: float = 0.25) -> Dynam
     hidden = torch.randn(1, 64, hidden_size, generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode(False), torch.enable_grad():
         predictor.train().layers[0].encode(hidden.clone())
-    return dataclasses.replace(settings, predictor=predictor.eval())
+    return dataclasses.replace(settings, predictor=predictor.eval().to(device))
 
 
 def inputs_of(case: AttentionCase, tensors: Tensors) -> AttentionInputs:

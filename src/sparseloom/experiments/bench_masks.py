@@ -25,17 +25,21 @@ def random_mask(
     sparsity: float,
     is_causal: bool,
     seed: int,
+    device: torch.device | str = "cpu",
 ) -> SparseMask:
-    """Each query block keeps ⌈(1 − sparsity)·allowed⌉ random key blocks and always its last."""
+    """Each query block keeps ⌈(1 − sparsity)·allowed⌉ random key blocks and always its last.
+
+    It is drawn where it is to lie; what is drawn depends on the kind of device.
+    """
     bq, bk = block_size
     rows, columns = -(-q_len // bq), -(-kv_len // bk)
-    allowed = torch.full((rows,), columns)
+    allowed = torch.full((rows,), columns, device=device)
     if is_causal:
-        last = ((torch.arange(rows) + 1) * bq).clamp(max=q_len) - 1 + kv_len - q_len
+        last = ((torch.arange(rows, device=device) + 1) * bq).clamp(max=q_len) - 1 + kv_len - q_len
         allowed = last // bk + 1
     counts = ((1 - sparsity) * allowed.double() - 1e-6).ceil().long().clamp(min=1)
     counts, allowed = counts.repeat(heads), allowed.repeat(heads)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     step = max(1, _CHUNK // int(counts.max()))
     kept = [
         _draw(counts[i : i + step], allowed[i : i + step], generator)
@@ -54,17 +58,17 @@ def _draw(
 
     Sorted random numbers, stretched over the places that are free and moved apart by one each.
     """
-    free = int(counts.max()) - 1
-    place = torch.arange(free)
+    free, device = int(counts.max()) - 1, counts.device
+    place = torch.arange(free, device=device)
     used = place < counts[:, None] - 1
-    drawn = torch.rand(len(counts), free, generator=generator, dtype=torch.float64)
+    drawn = torch.rand(len(counts), free, generator=generator, dtype=torch.float64, device=device)
     drawn = drawn.masked_fill(~used, 2.0).sort(-1).values
     room = (allowed - counts + 1)[:, None]
     chosen = (drawn * room).long().minimum(room - 1) + place
     last = (allowed - 1)[:, None]
     chosen = torch.cat([torch.where(used, chosen, last), last], -1)
     # Unused places repeat the last one: keep one of it.
-    return chosen[torch.cat([used, torch.ones(len(counts), 1, dtype=torch.bool)], -1)]
+    return chosen[torch.cat([used, torch.ones_like(last, dtype=torch.bool)], -1)]
 
 
 def model_mask(

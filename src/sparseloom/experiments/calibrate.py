@@ -130,8 +130,9 @@ def fit(measured: Measured, **about: Any) -> costs.CostTable:
         block: _coefficients(points, lambda p: costs.select_terms(p.case.shape, p.work))
         for block, points in _by(measured.select, _block).items()
     }
+    unit_dtype = "float32" if "float32" in dense else next(iter(dense))
     largest = max(
-        (point for point in measured.dense if point.case.dtype == "float32"),
+        (point for point in measured.dense if point.case.dtype == unit_dtype),
         key=lambda point: point.case.shape.allowed_pairs,
     )
     unit = largest.seconds / costs.dense_terms(largest.case.shape)["pairs"]
@@ -154,14 +155,14 @@ def fit(measured: Measured, **about: Any) -> costs.CostTable:
 def check(table: costs.CostTable, measured: Measured) -> list[dict[str, Any]]:
     """For each measured call: its times, what the table expects, and what the rule would do."""
     select = {
-        _choice(point.case): point.seconds
+        choice(point.case): point.seconds
         for point in measured.select
         if point.projection == PROJECTION
     }
     rows: list[dict[str, Any]] = []
     for point in measured.attend:
         case = point.case
-        chosen = select[_choice(case)]
+        chosen = select[choice(case)]
         found = costs.expected(table, case.shape, point.work, case.dtype)
         rows.append(
             {
@@ -206,9 +207,9 @@ def _measure(
     drawn = draw_tensors(cases[0], seed)
     tensors = {name: drawn.to(dtype, gradients=False) for name, dtype in DTYPES.items()}
     for case in cases:
-        plain = _choice(case)
+        plain = choice(case)
         for one in (plain, case):
-            dense = _all_kept(one)
+            dense = all_kept(one)
             runs.setdefault(("dense", dense, 0.0), _dense(dense, tensors[one.dtype]))
         for width in (PROJECTION, WIDE):
             if ("select", plain, width) not in runs:
@@ -224,7 +225,7 @@ def _measure(
         )
     found = dict(zip(runs, times.values(), strict=True))
     for (part, case, width), timing in found.items():
-        beside = found["dense", _all_kept(case), 0.0].best_ms / 1e3
+        beside = found["dense", all_kept(case), 0.0].best_ms / 1e3
         getattr(measured, part).append(Point(case, timing.best_ms / 1e3, beside, width))
 
 
@@ -321,10 +322,11 @@ def _work(case: AttentionCase, projection: float) -> Work:
     return Work(case.block_size, kept, width, settings.bits)
 
 
-def _all_kept(case: AttentionCase) -> AttentionCase:
+def all_kept(case: AttentionCase) -> AttentionCase:
+    """The dense call of the same sizes."""
     return dataclasses.replace(case, block_size=(1, 1), sparsity=0.0)
 
 
-def _choice(case: AttentionCase) -> AttentionCase:
+def choice(case: AttentionCase) -> AttentionCase:
     """Selection does not depend on the dtype of attention."""
     return dataclasses.replace(case, dtype="float32")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,10 +55,12 @@ def interleave(
             contender()
             if round_ >= warmup:
                 seconds[name].append(time.perf_counter() - began)
-    return {name: _summary(np.array(times)) for name, times in seconds.items()}
+    return {name: summary(times) for name, times in seconds.items()}
 
 
-def _summary(seconds: np.ndarray) -> Timing:
+def summary(times: Sequence[float]) -> Timing:
+    """Median, spread and best of times in seconds."""
+    seconds = np.array(times)
     low, middle, high = np.percentile(seconds, [25, 50, 75])
     return Timing(
         ms=float(middle * 1e3),

@@ -49,8 +49,10 @@ class CostTable(BaseModel):
     """Coefficients of one machine.  Blocks are written as "8x1".
 
     Attributes:
-        tier: instruction set of the CPU backend that they hold for.
-        unit_seconds: what one dense fp32 pair and dimension took there, in the longest call.
+        cpu: name of the processor, or of the card.
+        tier: instruction set of the CPU backend that they hold for, or the card's ("sm_90").
+        unit_seconds: what one dense fp32 pair and dimension took there, in the longest call; on a
+            card, one of the first dtype.
         dense: by dtype.
         attend: attention under a mask, by dtype and block.
         select: prediction and selection, by block.
@@ -103,22 +105,29 @@ def pays(method: Selector, inputs: AttentionInputs) -> bool:
 
     It has a say only in calls that a table describes.  Otherwise:
 
-    - a method without `work`, another device than a CPU, or gradients: select (what is learned
-      must not depend on the speed of a machine);
+    - a method without `work`, gradients (what is learned must not depend on the speed of a
+      machine), a card that was not measured (`sparseloom bench --device cuda --calibrate`), or
+      another device: select;
     - no CPU backend, or a dtype, predictor or rule that it does not take: run dense, because the
-      reference computes every score anyway;
+      reference computes every score anyway; on a measured card likewise, and blocks that are
+      smaller than all that were measured;
     - at most 16 queries, as in decoding: run dense.  Looking through the keys of a cache costs
       as much as reading them.
     """
     work = method.work(inputs.shape)
-    if work is None or inputs.query.device.type != "cpu" or _needs_grad(inputs):
+    device = inputs.query.device.type
+    if work is None or device not in ("cpu", "cuda") or _needs_grad(inputs):
         return True
-    table = table_in_use()
+    table = table_in_use() if device == "cpu" else table_of_card()
+    if table is None and device == "cuda":
+        return True
     dtype = _dtype_of(inputs)
     if table is None or dtype not in table.dense or inputs.query.shape[2] < MINIMUM_QUERIES:
         return False
     unsupported = predict.unsupported(work.bits, work.width, inputs.query.device)
     if unsupported is not None or not work.compiled:
+        return False
+    if not all(_fit(work.block_size, known) for known in (table.attend[dtype], table.select)):
         return False
     return expected(table, inputs.shape, work, dtype).ratio <= MARGIN
 
@@ -161,6 +170,23 @@ def table_in_use() -> CostTable | None:
     shipped = {table.tier: table for table in _shipped()}
     known = native.TIERS[: native.TIERS.index(tier) + 1]
     return next((shipped[name] for name in reversed(known) if name in shipped), None)
+
+
+def table_of_card() -> CostTable | None:
+    """The user's own table of the current CUDA device; None where it was not measured.
+
+    None is shipped: nothing of a card is known before it is measured.
+    """
+    if not torch.cuda.is_available():
+        return None
+    card = (torch.cuda.get_device_name(), tier_of_card())
+    return next((t for t in read_tables(user_file()) if (t.cpu, t.tier) == card), None)
+
+
+def tier_of_card() -> str:
+    """The architecture of the current CUDA device, as "sm_90"."""
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
 
 
 def forecast(
@@ -232,11 +258,16 @@ def select_terms(shape: AttentionShape, work: Work) -> dict[str, float]:
 
 def fitting(block_size: tuple[int, int], known: Mapping[str, object]) -> str:
     """The largest known block that fits into `block_size`."""
-    sizes = {name: _block(name) for name in known}
-    fit = [name for name, (q, k) in sizes.items() if q <= block_size[0] and k <= block_size[1]]
+    fit = _fit(block_size, known)
     if not fit:
         raise ValueError(f"no block of {', '.join(known)} fits into {block_size}")
-    return max(fit, key=lambda name: math.prod(sizes[name]))
+    return max(fit, key=lambda name: math.prod(_block(name)))
+
+
+def _fit(block_size: tuple[int, int], known: Mapping[str, object]) -> list[str]:
+    """Known blocks that fit into `block_size`."""
+    sizes = {name: _block(name) for name in known}
+    return [name for name, (q, k) in sizes.items() if q <= block_size[0] and k <= block_size[1]]
 
 
 # ---------------------------------------------------------------------------- tables
