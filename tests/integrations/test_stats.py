@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparseloom.integrations import sparsify
-from sparseloom.integrations.stats import kept_pairs
+from sparseloom.integrations.counts import LayerCounts, kept_pairs
 from sparseloom.kernels import available_backends
 from sparseloom.mask import SparseMask
 from sparseloom.methods import AttentionInputs, Dense, Oracle, SlidingWindow, overlap, retained_mass
@@ -119,6 +119,19 @@ def test_diagnosis(zoo: SimpleNamespace, family: str) -> None:
     with sparsify(model, Dense(), diagnose=True) as dense:
         model(**inputs)
     assert "retained_mass" not in dense.stats()[0]
+
+
+def test_a_layer_that_was_replaced_once_stays_so() -> None:
+    states = torch.randn(1, 2, 4, 8)
+    call = AttentionInputs(
+        query=states, key=states, value=states, layer=0, is_causal=False, scale=1.0
+    )
+    counts = LayerCounts()
+    counts.add(call, None, backend="linformer", replaced_macs=5)
+    counts.add(call, None, backend="dense")
+    row = counts.row(0, "linformer")
+    assert (row["ran"], row["calls"], row["dense_calls"]) == ("replaced", 2, 1)
+    assert row["attention_macs"] == 5 + 2 * 16 * 16
 
 
 @given(

@@ -8,7 +8,7 @@ import torch
 from sparseloom.experiments.reproduce import dynamic_energy as energy
 from sparseloom.experiments.reproduce import dynamic_macs as macs
 from sparseloom.experiments.reproduce import find_tables
-from sparseloom.integrations.stats import LayerCounts
+from sparseloom.integrations.counts import LayerCounts
 from sparseloom.mask import SparseMask
 from sparseloom.methods import AttentionInputs
 

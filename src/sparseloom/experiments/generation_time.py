@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from sparseloom.experiments.timing import interleave
+from sparseloom.integrations.counts import LayerCounts
 from sparseloom.integrations.generate import generate_step
 from sparseloom.integrations.generation import GenerationLayer, generation_layer
-from sparseloom.integrations.stats import LayerCounts
 from sparseloom.methods import SpAtten
 from sparseloom.methods.base import AttentionInputs
-from sparseloom.results import write_results
+from sparseloom.results import module_command, write_results
 
 SMALL_TRACE = (0.9, 0.7, *(0.2,) * 4, *(0.1,) * 6)
 """Tokens per layer of GPT-2 small in the published trace (keep 921, 716, 204, 102 of 1024)."""
@@ -139,7 +139,7 @@ def main() -> None:
     rows = time_rows(kv_len=arguments.kv_len, repeats=arguments.repeats)
     for row in rows:
         sys.stdout.write(f"{row['contender']}: {row['ms']:.1f} ms ({row['speedup']:.2f}x)\n")
-    command = " ".join(["python -m sparseloom.experiments.generation_time", *sys.argv[1:]])
+    command = module_command("sparseloom.experiments.generation_time")
     write_results(arguments.out, rows, command=command)
 
 

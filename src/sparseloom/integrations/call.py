@@ -13,12 +13,12 @@ from transformers.cache_utils import Cache
 
 from sparseloom.integrations import _compat
 from sparseloom.integrations.cache import SparseLayer, layer_of
+from sparseloom.integrations.counts import LayerCounts
 from sparseloom.integrations.diagnose import measure
 from sparseloom.integrations.generate import generate_step
 from sparseloom.integrations.generation import GenerationLayer, generation_layer
 from sparseloom.integrations.kept import KeptObserver
 from sparseloom.integrations.padding import PaddingReader
-from sparseloom.integrations.stats import LayerCounts
 from sparseloom.kernels import attention, choose_backend
 from sparseloom.mask import SparseMask
 from sparseloom.methods import costs

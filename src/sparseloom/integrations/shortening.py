@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 
 from sparseloom.integrations.call import Session
+from sparseloom.integrations.counts import LayerCounts
 from sparseloom.integrations.decoder_layers import decoder_layers
 from sparseloom.integrations.encoder_layers import encoder_layers
 from sparseloom.integrations.kept import KeptObserver, kept_of_survivors
@@ -27,7 +28,6 @@ from sparseloom.integrations.padding import PaddingReader
 from sparseloom.integrations.prunable import Heads, PrunableLayer, Rotary
 from sparseloom.integrations.pruned_attention import Measured, attend, attend_by_head
 from sparseloom.integrations.pruned_layer import PrunedLayer
-from sparseloom.integrations.stats import LayerCounts
 from sparseloom.methods.base import AttentionInputs, Survivors
 from sparseloom.methods.cascade import Cascade
 from sparseloom.methods.spatten import SpAtten
