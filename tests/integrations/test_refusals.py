@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sparseloom.integrations import describe, sparsify
 from sparseloom.integrations.call import attention_function
-from sparseloom.methods import AttentionInputs, Dense, Oracle, Pruner
+from sparseloom.integrations.padding import PaddingReader
+from sparseloom.methods import H2O, AttentionInputs, Dense, Oracle, Pruner, SpAtten
 
 SPARSE = Oracle(sparsity=0.5, minimum_keys=2)
 TINY: dict[str, Any] = {
@@ -197,3 +198,44 @@ def test_methods_and_backends(zoo: SimpleNamespace) -> None:
         sparsify(model, SPARSE, backend="flax")
     with pytest.raises(ValueError, match="unknown when 'allways'; did you mean 'always'"):
         sparsify(model, SPARSE, when="allways")
+
+
+def test_what_shortens_the_sequence_is_not_exchanged_inside_the_block(
+    zoo: SimpleNamespace,
+) -> None:
+    model, shorter = zoo.build("bert"), SpAtten(token_keep=0.7, head_keep=None)
+    message = "cannot take the place of .* makes the sequence shorter"
+    with sparsify(model, SPARSE) as sparse:
+        with pytest.raises(NotImplementedError, match=message):
+            sparse.use(shorter)
+        sparse.use(Dense())
+        assert sparse.method == Dense()
+    with sparsify(model, shorter) as sparse:
+        sparse.use(shorter)
+        for other in (Dense(), SpAtten(token_keep=0.8, head_keep=None)):
+            with pytest.raises(NotImplementedError, match=message):
+                sparse.use(other)
+        assert sparse.method == shorter
+
+
+def test_steps_of_generation_run_on_the_backend_that_is_named(zoo: SimpleNamespace) -> None:
+    model = zoo.build("llama")
+    message = "backend must be one of 'auto', .* for h2o, .* got 'flex'"
+    with pytest.raises(NotImplementedError, match=message), sparsify(model, H2O(), backend="flex"):
+        pass
+    with sparsify(model, SPARSE, backend="flex") as sparse:  # nothing was left behind
+        with pytest.raises(NotImplementedError, match=message):
+            sparse.use(H2O())
+        assert sparse.method == SPARSE
+
+
+def test_a_mask_that_was_written_into_is_read_again() -> None:
+    read, mask = PaddingReader(), torch.ones(1, 1, 1, 4, dtype=torch.bool)
+    first = read(mask, q_len=1, is_causal=False)
+    assert read(mask, q_len=1, is_causal=False) is first
+    mask[..., 3] = False
+    second = read(mask, q_len=1, is_causal=False)
+    assert second is not None
+    assert second.tolist() == [[True, True, True, False]]
+    with torch.inference_mode():  # whose tensors count no versions
+        assert read(torch.ones_like(mask), q_len=1, is_causal=False) is not None

@@ -7,15 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseloom.integrations.counts import LayerCounts
 from sparseloom.integrations.generation import GenerationLayer
 from sparseloom.integrations.kept import Kept, kept_of_step
-from sparseloom.integrations.stats import LayerCounts
 from sparseloom.integrations.stored import Stored
 from sparseloom.kernels import AttentionOutput, DecodeOutput, attention, decode_attention
 from sparseloom.methods.base import AttentionInputs, Pruner
 from sparseloom.methods.generation import Reading, Run
-
-_NAMED_BACKENDS = ("cpu", "reference")
 
 
 def generate_step(
@@ -33,7 +31,7 @@ def generate_step(
         layer: the cache layer, which has taken the new tokens in.
         inputs: the call.
         counts: where it is counted.
-        backend: of `sparsify`.
+        backend: of `sparsify`, one that `decode_attention` knows.
         dropout_p: attention dropout of the prompt.
         observed: whether to tell what the call read.
 
@@ -59,7 +57,6 @@ def generate_step(
         return out, Kept(measured=run.needs_importance) if observed else None
     with torch.no_grad():
         reading = run.read(inputs)
-    chosen = backend if backend in _NAMED_BACKENDS else "auto"
     grouped = inputs.query.shape[1] != inputs.key.shape[1]
     stored = layer.stored
     found = decode_attention(
@@ -73,14 +70,14 @@ def generate_step(
         enable_gqa=grouped,
         return_importance=run.needs_importance,
         return_stats=True,
-        backend=chosen,
+        backend=backend,
     )
     assert isinstance(found, DecodeOutput)
     if run.needs_importance:
         assert found.key_importance is not None
         assert found.head_importance is not None
         run.observe(inputs, found.key_importance, found.head_importance)
-    _count(counts, inputs, found, reading, stored, chosen)
+    _count(counts, inputs, found, reading, stored, backend)
     if not observed:
         return found.out, None
     assert found.stats is not None
@@ -111,7 +108,6 @@ def _prompt(
         assert isinstance(out, Tensor)
         run.prompt(inputs, None, None)
         return out, "dense"
-    backend = backend if backend in _NAMED_BACKENDS else "auto"
     found = attention(
         *tensors, dropout_p=dropout_p, return_importance=True, backend=backend, **options
     )

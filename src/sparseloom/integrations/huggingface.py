@@ -33,6 +33,7 @@ from sparseloom.integrations.describe import (
     describe,
 )
 from sparseloom.integrations.stats import LayerStats
+from sparseloom.kernels.decode import BACKENDS as DECODE_BACKENDS
 from sparseloom.kernels.ops import BACKENDS
 from sparseloom.methods import SpAtten
 from sparseloom.methods.base import Method, Pruner, Survivors
@@ -77,7 +78,9 @@ def sparsify(
     Args:
         model: a Hugging Face model; restored exactly on exit, also after an exception.
         method: what chooses the pairs.  A list may hold one method for now.
-        backend: kernel of the sparse calls, as in `sparseloom.attention`.
+        backend: kernel of the sparse calls, as in `sparseloom.attention`, or as in
+            `sparseloom.decode_attention` where steps of generation are the sparse calls.  Calls
+            that run dense, also those on what is left of a shorter sequence, choose their own.
         when: when to select.  `"auto"` follows the cost rule (`sparseloom.methods.costs`): calls
             that selecting would make slower on this machine run dense, and `stats()` says so.  A
             `backend` that is named, gradients and `diagnose` always select.  `"always"` selects
@@ -117,9 +120,9 @@ class Sparsified:
 
     def __enter__(self) -> Sparsified:
         modules = attention_modules(self.model)
-        prunes = isinstance(self.method, (Pruner, Generating))
-        if prunes and not chooses_in_cache(self.method, describe(self.model)):
+        if self._shortens(self.method):
             return self._enter_pruning(modules)
+        self._refuse_backend(self.method)
         self._session.layers = len(modules)
         legacy = [module for module in modules if _compat.has_bert_layout(module)]
         if not _compat.follows_interface(self.model) and len(legacy) != len(modules):
@@ -174,6 +177,19 @@ class Sparsified:
             self._undo = undo.pop_all()
         return self
 
+    def _shortens(self, method: Method) -> bool:
+        """Whether the sequence itself gets shorter."""
+        prunes = isinstance(method, (Pruner, Generating))
+        return prunes and not chooses_in_cache(method, describe(self.model))
+
+    def _refuse_backend(self, method: Method) -> None:
+        backend = self._session.backend
+        if isinstance(method, Generating) and backend not in DECODE_BACKENDS:
+            raise NotImplementedError(
+                f"backend must be one of {', '.join(map(repr, DECODE_BACKENDS))} for "
+                f"{method.name}, whose steps run in decode_attention, got {backend!r}"
+            )
+
     def _refuse_nesting(self, modules: list[nn.Module]) -> None:
         if any(module in SITES for module in modules):
             raise RuntimeError(
@@ -195,9 +211,18 @@ class Sparsified:
         """Run another method from the next call on, such as the same one at another sparsity.
 
         Raises:
-            NotImplementedError, TypeError: as `sparsify`.
+            NotImplementedError, TypeError: as `sparsify`; also inside the block where either method
+                makes the sequence shorter, for which the model's layers are made ready on entry.
         """
-        self.method = self._session.method = _one_method(method)
+        method = _one_method(method)
+        if self._undo is not None and method != self.method:
+            if self._shortens(self.method) or self._shortens(method):
+                raise NotImplementedError(
+                    f"method: {method} cannot take the place of {self.method} inside the block, "
+                    "because one of them makes the sequence shorter; leave the block first"
+                )
+            self._refuse_backend(method)
+        self.method = self._session.method = method
 
     def stats(self) -> list[LayerStats]:
         """One row per layer that has run, in order; see `LayerStats` for the keys."""

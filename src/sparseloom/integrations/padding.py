@@ -96,7 +96,7 @@ class PaddingReader:
     """Reads key padding out of attention masks; remembers the last one, which layers share."""
 
     def __init__(self) -> None:
-        self._last: tuple[weakref.ref[Tensor], tuple[int, bool], Tensor] | None = None
+        self._last: tuple[weakref.ref[Tensor], tuple[object, ...], Tensor] | None = None
 
     def __call__(
         self, mask: Shaped[Tensor, "..."] | None, *, q_len: int, is_causal: bool
@@ -108,7 +108,9 @@ class PaddingReader:
         """
         if mask is None:
             return None
-        key = (q_len, is_causal)
+        # A mask that its owner has written into since is another one.
+        version = None if mask.is_inference() else mask._version
+        key = (q_len, is_causal, version)
         if self._last is not None and self._last[0]() is mask and self._last[1] == key:
             return self._last[2]
         keep = _key_padding(mask, q_len, is_causal)
