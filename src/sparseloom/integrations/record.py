@@ -19,6 +19,7 @@ from sparseloom.integrations.kept import Kept, whole
 from sparseloom.mask import SparseMask
 from sparseloom.methods import Dense, SpAtten, StaticSparse, selection_name
 from sparseloom.methods.base import AttentionInputs, Method, Pruner
+from sparseloom.models.modes import in_mode
 from sparseloom.trace import (
     AttentionCall,
     MaskArrays,
@@ -86,18 +87,14 @@ def record(
             )
         whole_run = record(model, Dense(), inputs, name=name).workload
     recorder = _Recorder(model, method, tensors)
-    was_training = model.training
-    model.eval()
-    try:
-        with recorder, sparsify(model, method, when="always", observer=recorder):
-            if new_tokens:
-                length = {"max_new_tokens": new_tokens + 1, "min_new_tokens": new_tokens + 1}
-                model.generate(**inputs, **length, do_sample=False, num_beams=1)  # pyright: ignore[reportCallIssue]
-                outputs = None
-            else:
-                outputs = model(**inputs)
-    finally:
-        model.train(was_training)
+    outputs = None
+    running = sparsify(model, method, when="always", observer=recorder)
+    with in_mode(model, training=False), recorder, running:
+        if new_tokens:
+            length = {"max_new_tokens": new_tokens + 1, "min_new_tokens": new_tokens + 1}
+            model.generate(**inputs, **length, do_sample=False, num_beams=1)  # pyright: ignore[reportCallIssue]
+        else:
+            outputs = model(**inputs)
     loss = getattr(outputs, "loss", None)
     quality = {} if loss is None else {"metric": "loss", "value": float(loss)}
     length = next(operator.q_len for operator in recorder.operators if operator.is_attention)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from sparseloom.models.base import LoadedModel
 from sparseloom.models.load import Head
+from sparseloom.models.modes import in_mode
 
 Progress = Callable[[int, int], None]
 """Called with (items done, items in all) while a score is computed."""
@@ -132,14 +133,9 @@ class Task(ABC):
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Generator[torch.device]:
-    """Evaluation mode without gradients; yields the model's device, restores the mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield model.device
-    finally:
-        model.train(was_training)
+    """Evaluation mode without gradients; yields the model's device, restores the modes."""
+    with torch.no_grad(), in_mode(model, training=False):
+        yield model.device
 
 
 def correlation(one: Float[np.ndarray, " items"], other: Float[np.ndarray, " items"]) -> float:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from sparseloom.integrations import sparsify
 from sparseloom.mask import SparseMask
 from sparseloom.methods import AttentionInputs, Dense
-from sparseloom.training.adapt import frozen
+from sparseloom.models.modes import frozen
 from sparseloom.training.entropy import probabilities, row_entropy
 
 

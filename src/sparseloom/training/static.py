@@ -22,7 +22,7 @@ from sparseloom.methods import Dense, StaticSparse
 from sparseloom.methods.base import AttentionInputs
 from sparseloom.methods.tile_statistics import TileStatistics
 from sparseloom.regions import TILE_KEYS, TILE_QUERIES
-from sparseloom.training.adapt import ModelLoss, finetune, frozen
+from sparseloom.training.adapt import ModelLoss, finetune
 from sparseloom.training.checkpoint import WEIGHTS, load_method, save_method
 from sparseloom.training.entropy import EntropyLoss, EntropySettings
 from sparseloom.training.loop import Batch, LoopSettings, repeat
