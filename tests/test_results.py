@@ -17,6 +17,7 @@ from sparseloom.results import (
     ResultsFile,
     json_schema,
     machine_facts,
+    module_command,
     read_results,
     results,
     shipped_schema,
@@ -177,3 +178,9 @@ def test_models_can_be_built_by_hand() -> None:
         command="c", date="2026-01-01T00:00:00+00:00", machine=machine_facts(), versions={}, rows=[]
     )
     assert validate_results(json.loads(file.to_json())).rows == []
+
+
+def test_the_command_of_a_module_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/study.py", "--name", "two words", "--n", "3"])
+    wanted = "python -m sparseloom.experiments.study --name 'two words' --n 3"
+    assert module_command("sparseloom.experiments.study") == wanted

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
-import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata, resources
@@ -29,6 +29,8 @@ from pydantic import (
     Tag,
     ValidationError,
 )
+
+from sparseloom.files import fresh_file
 
 SCHEMA = "sparseloom/results/1"
 _PACKAGES = ("sparseloom", "torch", "transformers", "numpy", "numba", "safetensors", "pyarrow")
@@ -225,7 +227,7 @@ def results(rows: Sequence[Mapping[str, Any]], *, command: str | None = None) ->
     Raises:
         ValueError: the first row and key that the schema forbids.
     """
-    line = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]) if command is None else command
+    line = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if command is None else command
     return validate_results(
         {
             "schema": SCHEMA,
@@ -236,6 +238,11 @@ def results(rows: Sequence[Mapping[str, Any]], *, command: str | None = None) ->
             "rows": [_plain(row) for row in rows],
         }
     )
+
+
+def module_command(name: str) -> str:
+    """The command line of this process, run as the module `name`: `python -m NAME …`."""
+    return shlex.join(["python", "-m", name, *sys.argv[1:]])
 
 
 def validate_results(data: Mapping[str, Any]) -> ResultsFile:
@@ -267,14 +274,8 @@ def write_results(
     """
     found = rows if isinstance(rows, ResultsFile) else results(rows, command=command)
     text = found.to_json()
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
+    with fresh_file(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
-        fresh.replace(target)
-    finally:
-        fresh.unlink(missing_ok=True)
     return found
 
 

@@ -8,14 +8,13 @@ Each compressor reads the held-out half alone, and after the training half that 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
-from sparseloom.results import write_results
+from sparseloom.results import module_command, write_results
 from sparseloom.tasks.compressors import context_mixture_bits_per_byte, xz_bits_per_byte
 from sparseloom.tasks.language_modelling import StdlibBitsPerByte
 
@@ -68,7 +67,7 @@ def main() -> None:
             table_bits=arguments.table_bits,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    command = " ".join(["python -m sparseloom.experiments.compressors", *sys.argv[1:]])
+    command = module_command("sparseloom.experiments.compressors")
     write_results(arguments.out, rows, command=command)
 
 

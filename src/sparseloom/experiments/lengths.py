@@ -15,7 +15,6 @@ import argparse
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from sparseloom.results import write_results
+from sparseloom.results import module_command, write_results
 from sparseloom.tasks.data import find_data, read_text
 
 POSITIONS = 512
@@ -159,7 +158,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/benchmark_lengths.json"))
     arguments = parser.parse_args()
     rows = measure(DEV_SETS, wordpiece_counter(), arguments.data)
-    command = " ".join(["python -m sparseloom.experiments.lengths", *sys.argv[1:]])
+    command = module_command("sparseloom.experiments.lengths")
     write_results(arguments.out, rows, command=command.replace(str(arguments.data), "DIR"))
 
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from sparseloom.hardware.units.dram_config import MemoryConfig, load_memory
 from sparseloom.hardware.units.dram_stream import stream, streaming_bandwidth
-from sparseloom.results import write_results
+from sparseloom.results import module_command, write_results
 
 SEQUENTIAL = {"RoBaRaCoCh": 129, "MOP4CLXOR": 223, "ChRaBaRoCo": 47}
 """Mapping → bytes per clock of a sequential stream, 8 channels (256 at most)."""
@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("results/memory_oracle.json"))
     arguments = parser.parse_args()
-    command = " ".join(["python -m sparseloom.experiments.memory", *sys.argv[1:]])
+    command = module_command("sparseloom.experiments.memory")
     found = rows()
     write_results(arguments.out, found, command=command)
     for row in found:

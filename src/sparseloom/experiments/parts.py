@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sparseloom.files import fresh_file
+
 T = TypeVar("T")
 
 
@@ -24,8 +26,6 @@ def kept_part(file: Path, settings: Any, make: Callable[[], T]) -> T:
         if found["settings"] == wanted:
             return found["part"]
     part = make()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(f".{file.name}.part")
-    fresh.write_text(json.dumps({"settings": wanted, "part": part}), "utf-8")
-    fresh.replace(file)
+    with fresh_file(file) as fresh:
+        fresh.write_text(json.dumps({"settings": wanted, "part": part}), "utf-8")
     return part

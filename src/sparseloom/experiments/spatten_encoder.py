@@ -23,7 +23,7 @@ from sparseloom.integrations import sparsify
 from sparseloom.integrations.stats import left_of
 from sparseloom.methods import Method, SpAtten
 from sparseloom.models import LoadedModel, load_model
-from sparseloom.results import write_results
+from sparseloom.results import module_command, write_results
 
 CONTENDERS = (
     SpAtten(token_keep=None, head_keep=None),
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/spatten_encoder.json"))
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
-    command = " ".join(["python -m sparseloom.experiments.spatten_encoder", *sys.argv[1:]])
+    command = module_command("sparseloom.experiments.spatten_encoder")
     found = rows(repeats=arguments.repeats)
     write_results(arguments.out, found, command=command)
     for row in found:

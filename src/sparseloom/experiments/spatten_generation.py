@@ -26,10 +26,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from sparseloom.experiments.bootstrap import paired_bootstrap
+from sparseloom.files import fresh_file
 from sparseloom.integrations import sparsify
 from sparseloom.methods import H2O, Method, Quest, SnapKV, SpAtten, StreamingLLM
 from sparseloom.models import LoadedModel, load_model
-from sparseloom.results import read_results, write_results
+from sparseloom.results import module_command, read_results, write_results
 from sparseloom.tasks.data import find_data
 from sparseloom.tasks.stdlib import load_stdlib
 
@@ -249,7 +250,8 @@ def _stored(
             now = {"contender": contender.name, "settings": contender.method.to_dict()}
             return {"index_share": 0.0, **row, **now}
     row = json.loads(json.dumps(score(text, contender)))
-    file.write_text(json.dumps(row), "utf-8")
+    with fresh_file(file) as fresh:
+        fresh.write_text(json.dumps(row), "utf-8")
     return row
 
 
@@ -297,7 +299,7 @@ def main() -> None:
         texts.append(stories(folder, arguments.windows, 256, arguments.steps + 1))
     known = read_results(arguments.out).rows if arguments.out.exists() else []
     rows = run_study(texts, arguments.work, [row.model_dump() for row in known])
-    command = " ".join(["python -m sparseloom.experiments.spatten_generation", *sys.argv[1:]])
+    command = module_command("sparseloom.experiments.spatten_generation")
     write_results(arguments.out, rows, command=command)
 
 

@@ -37,7 +37,7 @@ from sparseloom.regions import (
     rows,
     stripe,
 )
-from sparseloom.results import write_results
+from sparseloom.results import module_command, write_results
 
 DENSITY = 0.38
 _TRIES = 200
@@ -176,7 +176,7 @@ def main() -> None:
                         f"{row['ms']:.1f} ms at density {row['density']:.3f} "
                         f"({row['speedup']:.2f}x)\n"
                     )
-    command = " ".join(["python -m sparseloom.experiments.static_time", *sys.argv[1:]])
+    command = module_command("sparseloom.experiments.static_time")
     write_results(arguments.out, found, command=command)
 
 

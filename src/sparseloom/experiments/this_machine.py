@@ -21,6 +21,7 @@ import yaml
 from torch import Tensor
 from torch.nn import functional
 
+from sparseloom.files import fresh_file
 from sparseloom.hardware.devices import this_machine_file
 from sparseloom.kernels.cpu.peaks import measure_peaks
 from sparseloom.results import machine_facts
@@ -74,8 +75,8 @@ def measure(*, repeats: int = 5) -> dict[str, Any]:
 def write(found: dict[str, Any], file: Path | None = None) -> Path:
     """Put a measurement where the machine `this` looks for it."""
     file = this_machine_file() if file is None else file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump(found, sort_keys=False), encoding="utf-8")
+    with fresh_file(file) as fresh:
+        fresh.write_text(yaml.safe_dump(found, sort_keys=False), encoding="utf-8")
     return file
 
 

@@ -12,7 +12,6 @@ One difference: the weights that are left are normalised again.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import Tensor
 from sparseloom.integrations import Sparsified, sparsify
 from sparseloom.methods import Oracle
 from sparseloom.models import LoadedModel, load_model
-from sparseloom.results import write_results
+from sparseloom.results import module_command, write_results
 from sparseloom.tasks.base import evaluating
 from sparseloom.tasks.imdb import MovieReviews
 from sparseloom.tasks.stsb import SemanticSimilarity
@@ -181,7 +180,7 @@ def main() -> None:
             arguments.data, documents=arguments.documents, pairs=arguments.pairs, step=step
         )
         progress.update(task, completed=parts)
-    command = " ".join(["python -m sparseloom.experiments.thresholds", *sys.argv[1:]])
+    command = module_command("sparseloom.experiments.thresholds")
     write_results(arguments.out, rows, command=command)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, cast
 
 from pydantic import Field, model_validator
 
+from sparseloom.files import user_file
 from sparseloom.hardware.attention_core import number
 from sparseloom.hardware.config import MachineError, Section, checked, read_yaml
 from sparseloom.hardware.energy import EnergyTable
@@ -102,11 +102,7 @@ class Cost(NamedTuple):
 def this_machine_file() -> Path:
     """Where the measurement of this machine lies: $SPARSELOOM_THIS_MACHINE, else
     this_machine.yaml in $XDG_CACHE_HOME/sparseloom (~/.cache/sparseloom)."""
-    named = os.environ.get("SPARSELOOM_THIS_MACHINE")
-    if named:
-        return Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "sparseloom" / "this_machine.yaml"
+    return user_file("this_machine.yaml", variable="SPARSELOOM_THIS_MACHINE")
 
 
 class Device(Machine):

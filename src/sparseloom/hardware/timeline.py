@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import gzip
 import json
-import uuid
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from sparseloom.files import fresh_file
 
 if TYPE_CHECKING:
     from sparseloom.hardware.report import Events, Stage
@@ -83,14 +84,8 @@ def write(
             "intervals_dropped": str(events.dropped),
         }
     text = json.dumps(data).encode()
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        fresh.write_bytes(gzip.compress(text, mtime=0) if target.suffix == ".gz" else text)
-        fresh.replace(target)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with fresh_file(path) as fresh:
+        fresh.write_bytes(gzip.compress(text, mtime=0) if Path(path).suffix == ".gz" else text)
 
 
 def _stages(

@@ -16,8 +16,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -27,6 +25,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sparseloom import files
 from sparseloom.kernels import available_backends
 from sparseloom.kernels.cpu import predict
 from sparseloom.methods.base import AttentionInputs, AttentionShape, Selector, Work
@@ -276,11 +275,7 @@ def _fit(block_size: tuple[int, int], known: Mapping[str, object]) -> list[str]:
 def user_file() -> Path:
     """Where `sparseloom bench --calibrate` keeps its tables: $SPARSELOOM_CALIBRATION, else
     calibration.json in $XDG_CACHE_HOME/sparseloom (~/.cache/sparseloom)."""
-    named = os.environ.get("SPARSELOOM_CALIBRATION")
-    if named:
-        return Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "sparseloom" / "calibration.json"
+    return files.user_file("calibration.json", variable="SPARSELOOM_CALIBRATION")
 
 
 def save_table(table: CostTable, path: Path | None = None) -> Path:
@@ -295,13 +290,8 @@ def save_table(table: CostTable, path: Path | None = None) -> Path:
 def write_tables(path: Path, tables: Sequence[CostTable]) -> None:
     """Write tables as one file, whole or not at all."""
     text = CostFile(tables=list(tables)).model_dump_json(by_alias=True, indent=1) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with files.fresh_file(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
 
 
 def read_tables(path: Path) -> tuple[CostTable, ...]:

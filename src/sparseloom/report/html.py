@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparseloom.files import fresh_file
 from sparseloom.report.figures import family
 
 if TYPE_CHECKING:
@@ -77,10 +78,8 @@ def write_report(
             plotlyjs=get_plotlyjs() if any(section.figures for section in sections) else "",
         )
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(page, "utf-8")
-    part.replace(path)
+    with fresh_file(path) as fresh:
+        fresh.write_text(page, "utf-8")
 
 
 def environment() -> Environment:

@@ -16,6 +16,8 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from sparseloom.files import fresh_file
+
 END = "]"
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")
 TOKENS = (*map(str, range(10)), *OPERATORS, END)
@@ -126,16 +128,14 @@ def write_splits(
     out: Path, *, train: int = 96_000, validation: int = 2_000, test: int = 2_000, seed: int = 0
 ) -> None:
     """Write the three tables; each file appears whole or not at all."""
-    out.mkdir(parents=True, exist_ok=True)
     drawn = generate(train + validation + test, seed=seed)
     for name, count in (("train", train), ("val", validation), ("test", test)):
-        part = out / f".basic_{name}.part"
-        with part.open("w", encoding="utf-8") as stream:
+        file = out / f"basic_{name}.tsv"
+        with fresh_file(file) as fresh, fresh.open("w", encoding="utf-8") as stream:
             stream.write("Source\tTarget\n")
             for _ in range(count):
                 tokens, value = next(drawn)
                 stream.write(f"{' '.join(tokens)}\t{value}\n")
-        part.replace(out / f"basic_{name}.tsv")
 
 
 def main() -> None:

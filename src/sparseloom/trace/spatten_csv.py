@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sparseloom.files import fresh_file
 from sparseloom.trace.errors import TraceError
 from sparseloom.trace.schema import AttentionCall, ModelShape, Operator, Selection, Workload
 
@@ -117,7 +118,8 @@ def write(path: str | PathLike[str], workload: Workload, selection: Selection) -
     if config:
         out.writerow([config, *[""] * (len(_COLUMNS) - 1)])
     data = text.getvalue().encode("utf-8")
-    file.write_bytes(gzip.compress(data, mtime=0) if file.suffix == ".gz" else data)
+    with fresh_file(file) as fresh:
+        fresh.write_bytes(gzip.compress(data, mtime=0) if file.suffix == ".gz" else data)
 
 
 def _lines(

@@ -12,8 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -29,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from sparseloom.files import fresh_folder
 from sparseloom.trace import tables
 from sparseloom.trace.errors import TraceError, first_problem
 from sparseloom.trace.schema import ModelShape, Scope, Selection, Workload
@@ -74,14 +73,8 @@ def save(
             raise FileExistsError(f"{target} exists: pass overwrite=True to replace it")
         if not (target / "trace.json").is_file():
             raise FileExistsError(f"{target} exists and is not a trace: it is left as it is")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
-    fresh.mkdir()
-    try:
+    with fresh_folder(target) as fresh:
         _write(fresh, workload, selections, tensors)
-        _put_in_place(fresh, target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def load(
@@ -153,21 +146,6 @@ def _write(
     if stored:
         contiguous = {name: np.ascontiguousarray(array) for name, array in stored.items()}
         save_file(contiguous, folder / "tensors.safetensors")
-
-
-def _put_in_place(fresh: Path, target: Path) -> None:
-    if not target.exists():
-        fresh.rename(target)
-        return
-    # A folder cannot replace a full one in one step: move the old one aside, and back on failure.
-    aside = fresh.with_suffix(".old")
-    target.rename(aside)
-    try:
-        fresh.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside)
 
 
 def _file_name(selection: str) -> str:

@@ -7,14 +7,13 @@ that does not know sparseloom loads the dense model from it.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sparseloom.files import fresh_folder
 from sparseloom.methods import Learned, Method
 from sparseloom.models.classes import class_of
 
@@ -37,22 +36,17 @@ def save(
         raise FileExistsError(f"path: {path} exists; pass overwrite=True to replace it")
     if path.exists() and not (path / "config.json").is_file():
         raise FileExistsError(f"path: {path} exists and is no saved model, so it is not replaced")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    before = getattr(model.config, "sparse", None)
+    before, settings = getattr(model.config, "sparse", None), method.to_dict()
     try:
-        model.config.sparse = method.to_dict()
-        model.save_pretrained(part)
-        save_method(method, part)
-        if path.exists():
-            shutil.rmtree(path)
-        part.rename(path)
+        model.config.sparse = settings
+        with fresh_folder(path) as fresh:
+            model.save_pretrained(fresh)
+            save_method(method, fresh)
     finally:
         if before is None:
             delattr(model.config, "sparse")
         else:
             model.config.sparse = before
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def load(path: Path | str) -> tuple[PreTrainedModel, Method]:
@@ -72,7 +66,7 @@ def load(path: Path | str) -> tuple[PreTrainedModel, Method]:
 
 
 def save_method(method: Method, folder: Path) -> None:
-    """Write what the method learned, if anything, as 16-bit safetensors into `folder`."""
+    """Write what the method learned, if anything, as safetensors into `folder`."""
     if isinstance(method, Learned) and method.module is not None:
         state = {name: tensor.contiguous() for name, tensor in method.module.state_dict().items()}
         meta = {key: str(value) for key, value in method.sizes().items()}

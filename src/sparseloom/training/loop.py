@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from sparseloom.files import fresh_file
+
 Batch = Mapping[str, Tensor]
 Step = Callable[[Batch], tuple[Tensor, dict[str, float]]]
 
@@ -169,8 +171,6 @@ def _save(
     optimiser: torch.optim.Optimizer,
     log: list[dict[str, float]],
 ) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
     state = {
         "name": name,
         "step": done,
@@ -179,8 +179,8 @@ def _save(
         "optimiser": optimiser.state_dict(),
         "log": log,
     }
-    torch.save(state, part)
-    part.replace(path)
+    with fresh_file(path) as fresh:
+        torch.save(state, fresh)
 
 
 class _Bar:

@@ -24,6 +24,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparseloom.files import fresh_file
 from sparseloom.tasks.stdlib import load_stdlib
 
 
@@ -158,13 +159,10 @@ def pretrain(
                     csv.writer(stream).writerow(row)
                 losses = []
             if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
-                part = state_file.with_suffix(".part")
                 optimiser_states = [optimiser.state_dict() for optimiser in optimisers]
-                torch.save(
-                    {"model": model.state_dict(), "optimisers": optimiser_states, "step": step + 1},
-                    part,
-                )
-                part.replace(state_file)
+                state = {"model": model.state_dict(), "optimisers": optimiser_states}
+                with fresh_file(state_file) as fresh:
+                    torch.save({**state, "step": step + 1}, fresh)
 
     model.half().save_pretrained(out)
     (out / "recipe.json").write_text(json.dumps(dataclasses.asdict(recipe), indent=1) + "\n")
