@@ -26,16 +26,16 @@ def unknown_name(kind: str, given: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {kind} {given!r}{hint} (there is: {', '.join(names) or 'none'})")
 
 
-def require(module: str, *, extra: str | None = None, install: str | None = None) -> ModuleType:
+def require(module: str, *, extra: str) -> ModuleType:
     """Import an optional dependency, or raise an ImportError that says how to install it.
 
     Args:
         module: the module's dotted name.
         extra: the extra of sparseloom that brings it.
-        install: the full command, where it is not an extra.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        command = install or f"pip install 'sparseloom[{extra}]'"
-        raise ImportError(f"{module} is not installed: {command}", name=module) from error
+        raise ImportError(
+            f"{module} is not installed: pip install 'sparseloom[{extra}]'", name=module
+        ) from error

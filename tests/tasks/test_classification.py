@@ -81,6 +81,7 @@ def test_models_without_the_right_classes_are_refused(folder: Path, encoder: Loa
         ("train.jsonl", "{", "line 1 of .* is not JSON"),
         ("train.csv", "text,class\na,b\n", "row 1 of .* lacks"),
         ("train.tsv", "text\tlabel\n", "holds no rows"),
+        ("train.csv", f"text,label\n{'x' * 140_000},a\n", "line 2 of .* cannot be read: field la"),
     ],
 )
 def test_damaged_tables_are_named(tmp_path: Path, name: str, raw: str, said: str) -> None:

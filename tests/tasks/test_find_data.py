@@ -58,6 +58,11 @@ def test_plain_files_go_before_packed_ones(tmp_path: Path) -> None:
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"x" * 1000)[:-12])
     (tmp_path / "b").write_bytes(b"\xff\xfe")
+    whole = bytearray(gzip.compress(bytes(range(256)) * 8))
+    whole[20] ^= 255  # inside the packed data
+    (tmp_path / "d.gz").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"d\.gz is not a whole gzip file"):
+        read_bytes(tmp_path, "d")
     with pytest.raises(ValueError, match=r"a\.gz is not a whole gzip file"):
         read_bytes(tmp_path, "a")
     with pytest.raises(ValueError, match="b is not UTF-8"):

@@ -8,6 +8,7 @@ import torch
 
 from sparseloom.models import LoadedModel, load_model
 from sparseloom.models.minilm import mean_pool
+from sparseloom.tasks import stsb
 from sparseloom.tasks.embedding import embed, tokenized
 from sparseloom.tasks.stsb import Pair, SemanticSimilarity, cosine_loss, read_pairs
 
@@ -88,7 +89,9 @@ def test_training_batches_repeat_for_a_seed(folder: Path, encoder: LoadedModel) 
     assert one[0]["attention_mask"].shape[0] == 3
 
 
-def test_labelled_batches_leave_out_what_is_held_out(tmp_path: Path, encoder: LoadedModel) -> None:
+def test_batches_leave_out_what_is_held_out(
+    tmp_path: Path, encoder: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = "".join(f"the dog {i},a cat {i},{i / 4}\n" for i in range(20))
     (tmp_path / "stsb-en-train.csv").write_text(lines)
     (tmp_path / "stsb-en-dev.csv").write_text(lines)
@@ -101,6 +104,11 @@ def test_labelled_batches_leave_out_what_is_held_out(tmp_path: Path, encoder: Lo
     left_out = {pair.similarity / 5 for pair in kept.pairs("held-out")}
     assert sorted([*labels.tolist(), *left_out]) == pytest.approx([i / 20 for i in range(20)])
     assert made[0]["input_ids"].shape[0] == 6
+    drawn: set[str] = set()
+    monkeypatch.setattr(stsb, "tokenized", lambda _, texts, **__: drawn.update(texts))
+    list(task.batches(encoder, steps=100, batch_size=4, seed=2))
+    assert len(drawn) == 36  # all that are not held out
+    assert drawn.isdisjoint(s for one in kept.pairs("held-out") for s in (one.first, one.second))
 
 
 def test_the_loss_is_the_squared_error_of_cosines(folder: Path, encoder: LoadedModel) -> None:

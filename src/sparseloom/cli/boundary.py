@@ -25,6 +25,7 @@ _BAD_INPUT = (
     OSError,
     ImportError,
     NotImplementedError,
+    FloatingPointError,  # a training run that diverged
 )
 
 

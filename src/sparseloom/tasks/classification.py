@@ -231,7 +231,11 @@ def read_examples(raw: str, path: Path) -> list[Example]:
         quoting = csv.QUOTE_NONE if kind == "tsv" else csv.QUOTE_MINIMAL
         delimiter = "\t" if kind == "tsv" else ","
         stream = io.StringIO(raw, newline="")
-        rows += list(csv.DictReader(stream, delimiter=delimiter, quoting=quoting))
+        reader = csv.DictReader(stream, delimiter=delimiter, quoting=quoting)
+        try:
+            rows += list(reader)
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num} of {path} cannot be read: {error}") from None
     examples: list[Example] = []
     for number, row in enumerate(rows, 1):
         text, label = row.get("text"), row.get("label")

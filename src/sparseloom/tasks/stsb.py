@@ -154,9 +154,9 @@ class SemanticSimilarity(Task):
         context: int | None = None,
         seed: int = 0,
     ) -> Iterator[Batch]:
-        """Padded batches of sentences of the training split, without labels."""
+        """Padded batches of sentences of `training_pairs`, without labels."""
         loaded = LoadedModel.of(model)
-        pairs = self.pairs("train")
+        pairs = self.training_pairs()
         sentences = sorted({s for pair in pairs for s in (pair.first, pair.second)})
         generator = np.random.default_rng(seed)
         for _ in range(steps):
