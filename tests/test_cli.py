@@ -433,6 +433,28 @@ def test_adapt_calibrates_and_compare_takes_the_thresholds(run: Run, model: Path
     assert fresh["density"] < 1.0
 
 
+def test_adapt_reads_thresholds_off_predictions_and_compare_takes_them(
+    run: Run, model: Path
+) -> None:
+    method = "dynamic:sparsity=0.5,projection=0.5,minimum_keys=4,selection=threshold"
+    code, out, err = run(
+        "adapt", "--model", model, "--out", "levels", "--method", method, "--warmup-steps", 1,
+        "--joint-steps", 1, "--calibration-steps", 1, "--batch-size", 1, "--limit", 1, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    tuned = rows_of(out)[0]
+    assert tuned["settings"]["thresholds"]
+    code, out, err = run(
+        "compare", "--model", "levels", "--limit", 1, "--json", "--method", method,
+        "--method", method.replace("0.5", "0.7", 1),
+    )  # fmt: skip
+    assert code == 0, err
+    given, fresh = rows_of(out)[1:]
+    assert given["settings"] == tuned["settings"]
+    assert fresh["settings"]["thresholds"] != tuned["settings"]["thresholds"]
+    assert fresh["density"] < given["density"] < 1.0
+
+
 def test_adapt_chooses_regions_and_compare_takes_them(run: Run, model: Path) -> None:
     words = ("adapt", "--model", model, "--out", "masked", "--method", "static:density=0.9")
     code, out, err = run(
@@ -549,6 +571,14 @@ BAD = {
     "predictor missing": (
         ["compare", "--model", "{model}", "--method", "dynamic:sparsity=0.9"],
         "predictor",
+    ),
+    "what only generation reads": (
+        ["compare", "--model", "{model}", "--method", "h2o"],
+        "trace --new-tokens",
+    ),
+    "a cascade over the cache": (
+        ["compare", "--model", "{model}", "--method", "spatten"],
+        "spatten:prompt=shorten",
     ),
     "encoder task": (
         ["compare", "--model", "{model}", "--task", "sts-b", "--data", "."],

@@ -178,6 +178,31 @@ def test_save_and_load_give_the_same_outputs(tmp_path: Path) -> None:
     assert LlamaForCausalLM.from_pretrained(tmp_path / "saved") is not None
 
 
+def test_thresholds_are_read_off_the_trained_predictor() -> None:
+    model, method = tiny_llama(), dataclasses.replace(METHOD, selection="threshold")
+    seen = iter(batches(4))
+    found = adapt(
+        model, method, seen, warmup_steps=1, joint_steps=1, calibration_steps=2, progress=False
+    )
+    assert found.selection == "threshold"
+    assert next(seen, None) is None
+    assert found.thresholds is not None
+    assert [len(heads) for heads in found.thresholds] == [4, 4]
+    again = adapt(
+        model, dataclasses.replace(found, thresholds=None), batches(4)[2:],
+        warmup_steps=0, calibration_steps=2, progress=False,
+    )  # fmt: skip
+    assert again.predictor is found.predictor
+    assert again.thresholds == found.thresholds
+    with torch.no_grad(), sparsify(model, found, when="always") as sparse:
+        for batch in batches(4)[2:]:
+            model(input_ids=batch["input_ids"])
+    # What the diagonal and the row maxima add comes on top of the 30 %.
+    assert all(0.29 < row["density"] < 0.5 for row in sparse.stats())
+    given = adapt(model, found, batches(1), warmup_steps=1, progress=False)
+    assert given.thresholds == found.thresholds
+
+
 def test_saving_over_something_needs_a_word(tmp_path: Path) -> None:
     model = tiny_llama()
     save(model, SlidingWindow(sparsity=0.5), tmp_path / "saved")

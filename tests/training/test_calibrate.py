@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparseloom.integrations import sparsify
-from sparseloom.methods import Elsa, SlidingWindow
+from sparseloom.methods import DynamicSparse, Elsa, SlidingWindow
 from sparseloom.training import calibrate, load, save
 
 pytest.importorskip("accelerate", reason="training needs the train extra")
@@ -54,3 +54,6 @@ def test_what_cannot_be_calibrated() -> None:
         calibrate(tiny(), cast("Any", SlidingWindow(width=3)), [])
     with pytest.raises(ValueError, match="calls must hold every layer"):
         calibrate(tiny(), Elsa(), [])
+    batch = {"input_ids": torch.zeros(1, 8, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="no trained predictor"):
+        calibrate(tiny(), DynamicSparse(selection="threshold"), [batch])

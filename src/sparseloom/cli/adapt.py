@@ -108,7 +108,13 @@ def adapt(
     """
     import torch
 
-    from sparseloom.methods import Calibrated, Learned, StaticSparse, parse_method
+    from sparseloom.methods import (
+        Calibrated,
+        DynamicSparse,
+        Learned,
+        StaticSparse,
+        parse_method,
+    )
     from sparseloom.models import load_model
     from sparseloom.results import results
     from sparseloom.tasks import get_task
@@ -135,7 +141,9 @@ def adapt(
     torch.manual_seed(seed)  # a fresh classifier draws its weights
     loaded = load_model(model, head=scorer.head, classes=scorer.classes)
     steps = calibration_steps if calibrated else warmup_steps + joint_steps
-    if isinstance(chosen, StaticSparse):
+    if isinstance(chosen, StaticSparse) or (
+        isinstance(chosen, DynamicSparse) and chosen.needs_thresholds
+    ):
         steps += calibration_steps
     batches = scorer.batches(loaded, steps=steps, batch_size=batch_size, context=length, seed=seed)
     adapted: Method

@@ -79,7 +79,7 @@ def trace(
     """Record one pass: the operators, and what each method keeps of every attention."""
     from sparseloom.experiments.compare import with_predictor
     from sparseloom.integrations import record
-    from sparseloom.methods import Calibrated, parse_method
+    from sparseloom.methods import Calibrated, DynamicSparse, parse_method
     from sparseloom.models import load_model
     from sparseloom.results import results
     from sparseloom.tasks import get_task
@@ -103,7 +103,11 @@ def trace(
     if csv is not None and csv.exists() and not overwrite:
         raise FileExistsError(f"--csv {csv} exists: choose another file or pass --overwrite")
     scorer: Task | None = None
-    calibrates = any(isinstance(one, Calibrated) and one.needs_calibration for one in methods)
+    calibrates = any(
+        (isinstance(one, Calibrated) and one.needs_calibration)
+        or (isinstance(one, DynamicSparse) and one.needs_thresholds)
+        for one in methods
+    )
     if score is not None or calibrates:
         scorer = get_task(task)
         scorer.load(data)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from sparseloom import hardware
 from sparseloom.experiments.attention_time import attention_contender
 from sparseloom.experiments.timing import Timing, interleave
 from sparseloom.integrations import record, sparsify
+from sparseloom.integrations.describe import chooses_in_cache, describe
 from sparseloom.integrations.stats import LayerStats
 from sparseloom.methods import (
     AttentionInputs,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from sparseloom.mask import SparseMask
     from sparseloom.models import LoadedModel
     from sparseloom.tasks import Score, Task
+    from sparseloom.tasks.base import Batch
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,7 +86,8 @@ def compare(
         repeats: interleaved timing rounds; 0 leaves the times out.
 
     Raises:
-        ValueError: an unknown model, task, method or machine, or a setting out of range.
+        ValueError: an unknown model, task, method or machine, a setting out of range, or a method
+            that chooses what generation reads of a cache.
         FileNotFoundError: data that is not there.
     """
     from sparseloom.models import load_model
@@ -95,6 +98,7 @@ def compare(
     scorer = get_task(task)
     scorer.load(data)
     loaded = load_model(model, head=scorer.head, classes=scorer.classes)
+    _refuse_reading_methods(chosen, loaded)
     named = {str(method): with_predictor(method, loaded, scorer, seed=seed) for method in chosen}
     torch.manual_seed(seed)
     sample = next(iter(scorer.inputs(loaded, limit=1)))
@@ -142,6 +146,19 @@ def compare(
     return Comparison(as_results(rows, command=command), scores)
 
 
+def _refuse_reading_methods(methods: Sequence[Method], loaded: LoadedModel) -> None:
+    """Tasks score whole passes, in which what chooses among cached keys leaves nothing out."""
+    shape = describe(loaded.model)
+    for method in methods:
+        if chooses_in_cache(method, shape):
+            shorter = "; spatten:prompt=shorten prunes whole passes" * isinstance(method, Pruner)
+            raise ValueError(
+                f"method: {method} chooses what steps of generation read, and here whole passes "
+                "are scored, in which it would run dense: see `sparseloom trace --new-tokens` for "
+                f"what it reads{shorter}"
+            )
+
+
 def unique_methods(methods: Sequence[Method]) -> list[Method]:
     """Dense first, then the rest in order, each once."""
     rest = [method for method in methods if method.name != "dense"]
@@ -161,8 +178,8 @@ def with_predictor(
 ) -> Method:
     """The method with what it needs of the model: a predictor or settings that came with it.
 
-    Settings that are read off text (`Calibrated`), and static regions, come from the training half
-    of `task` where the model brings none.
+    Settings that are read off text (`Calibrated`, thresholds of predictions), and static regions,
+    come from the training half of `task` where the model brings none.
 
     Raises ValueError when the model brings none, or one of another width or precision.
     """
@@ -178,7 +195,25 @@ def with_predictor(
             f"method: {method} needs a trained predictor and model {loaded.name!r} brings none; "
             f"train one with `sparseloom adapt --model {loaded.name} --out DIR`, then --model DIR"
         )
-    return dataclasses.replace(method, predictor=shipped.predictor)
+    made = dataclasses.replace(method, predictor=shipped.predictor)
+    if not made.needs_thresholds:
+        return made
+    if shipped.thresholds is not None and shipped.sparsity == made.sparsity:
+        return dataclasses.replace(made, thresholds=shipped.thresholds)
+    return calibrate(loaded.model, made, _calibration(made, loaded, task, seed))
+
+
+def _calibration(
+    method: Method, loaded: LoadedModel, task: Task | None, seed: int
+) -> Iterable[Batch]:
+    """Training batches that settings are read off."""
+    if task is None:
+        raise ValueError(
+            f"method: {method} has settings that are read off text, and model {loaded.name!r} "
+            f"brings none for it: run `sparseloom adapt --model {loaded.name} --method {method} "
+            "--out DIR` first, then --model DIR"
+        )
+    return task.batches(loaded, steps=CALIBRATION_BATCHES, batch_size=2, seed=seed)
 
 
 def _static(
@@ -187,28 +222,14 @@ def _static(
     shipped = saved_method(loaded)
     if isinstance(shipped, StaticSparse) and shipped == method and shipped.regions is not None:
         return shipped
-    if task is None:
-        raise ValueError(
-            f"method: {method} needs regions, and model {loaded.name!r} brings none for these "
-            f"settings: run `sparseloom adapt --model {loaded.name} --method {method} --out DIR` "
-            "first, then --model DIR"
-        )
-    batches = task.batches(loaded, steps=CALIBRATION_BATCHES, batch_size=2, seed=seed)
-    return select_regions(loaded.model, method, batches)
+    return select_regions(loaded.model, method, _calibration(method, loaded, task, seed))
 
 
 def _calibrated(method: Calibrated, loaded: LoadedModel, task: Task | None, seed: int) -> Method:
     shipped = saved_method(loaded)
     if isinstance(shipped, Calibrated) and shipped.is_calibrated_from(method):
         return shipped
-    if task is None:
-        raise ValueError(
-            f"method: {method} needs calibration, and model {loaded.name!r} brings none: run "
-            f"`sparseloom adapt --model {loaded.name} --method {method} --out DIR` first, then "
-            "--model DIR"
-        )
-    batches = task.batches(loaded, steps=CALIBRATION_BATCHES, batch_size=2, seed=seed)
-    return calibrate(loaded.model, method, batches)
+    return calibrate(loaded.model, method, _calibration(method, loaded, task, seed))
 
 
 def saved_method(loaded: LoadedModel) -> Method | None:

@@ -193,6 +193,11 @@ class DynamicSparse(Predicting):
             caps=self._thresholds(inputs.layer) if self.selection == "balanced" else None,
         )
 
+    @property
+    def needs_thresholds(self) -> bool:
+        """Whether the method cannot run before `calibrate_thresholds`."""
+        return self.selection != "topk" and self.thresholds is None
+
     def worthwhile(self, q_len: int, kv_len: int) -> bool:
         """Whether the budget of a row that sees all keys leaves one out.
 
@@ -342,8 +347,8 @@ class DynamicSparse(Predicting):
     def _thresholds(self, layer: int) -> Tensor:
         if self.thresholds is None:
             raise ValueError(
-                f"thresholds are missing for selection={self.selection!r}: run "
-                "calibrate_thresholds first"
+                f"thresholds are missing for selection={self.selection!r}: run sl.calibrate "
+                "(or methods.calibrate_thresholds) first"
             )
         return torch.tensor(self.thresholds[layer])
 

@@ -6,8 +6,10 @@ the predictor alone against the frozen dense model, then both together with the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -15,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from sparseloom.integrations import method_shape, sparsify
-from sparseloom.methods import Dense, Learned, Method, Predicting, StaticSparse
+from sparseloom.methods import Dense, DynamicSparse, Learned, Method, Predicting, StaticSparse
+from sparseloom.models.modes import frozen, in_mode
+from sparseloom.training.calibrate import calibrate
 from sparseloom.training.entropy import EntropyLoss, EntropySettings
 from sparseloom.training.loop import Batch, LoopSettings, make_accelerator, repeat, run_loop
 from sparseloom.training.losses import LOSSES
@@ -23,8 +27,6 @@ from sparseloom.training.predictor_loss import Collector, LossName, RowSampler, 
 from sparseloom.training.ramp import SparsityRamp
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from transformers import PreTrainedModel
 
 
@@ -73,8 +75,10 @@ def adapt(
             choice and the default for MSE).
         lr, predictor_lr: peak AdamW learning rates of model and predictor.
         query_rows: predictor-loss rows drawn per sequence and step; None takes all.
-        entropy, calibration_steps: of `StaticSparse`: the entropy terms, and the batches that its
-            regions are chosen from.
+        entropy: the entropy terms of `StaticSparse`.
+        calibration_steps: batches that the regions of `StaticSparse` are chosen from, and the
+            thresholds of a `DynamicSparse` that selects by them and has none: they are read off
+            the trained predictor, and joint steps run with the same share of best keys.
         ramp: lets the sparsity of the joint steps rise to the method's own; None: no rise.
         model_loss: (outputs, batch) → scalar; default `outputs.loss`.  Where it is given, the model
             does not get the `labels` of a batch.
@@ -113,8 +117,11 @@ def adapt(
         return cast("LearnedMethod", made)
     accelerator = make_accelerator(mixed_precision)
     adapted = method
-    if method.module is None:
-        adapted = cast("LearnedMethod", method.initialise(method_shape(model), seed=seed))
+    if isinstance(method, DynamicSparse) and method.needs_thresholds:
+        # Thresholds belong to a trained predictor: until then its best keys are chosen.
+        adapted = cast("LearnedMethod", replace(method, selection="topk"))
+    if adapted.module is None:
+        adapted = cast("LearnedMethod", adapted.initialise(method_shape(model), seed=seed))
     model.to(accelerator.device)
     module = _module(adapted).to(accelerator.device)
     folder = None if out is None else Path(out)
@@ -169,6 +176,11 @@ def adapt(
             out=folder,
             progress=progress,
         )
+    if isinstance(method, DynamicSparse) and method.needs_thresholds:
+        assert isinstance(adapted, DynamicSparse)
+        tuned = replace(adapted, selection=method.selection)
+        calls = itertools.islice(source, calibration_steps)
+        return cast("LearnedMethod", calibrate(model, tuned, calls))
     return adapted
 
 
@@ -239,36 +251,33 @@ def finetune(
             total, values = total + more, {**values, **terms}
         return total, values
 
-    was_training = model.training
-    model.train()
-    if module is not None:
-        module.train()
     watched = isinstance(method, Predicting) or entropy is not None
-    try:
-        with sparsify(model, method, when="always", observer=seen if watched else None) as sparse:
-
-            def before_step(step: int) -> None:
-                nonlocal now
-                now = step
-                if ramp is not None:
-                    sparse.use(ramp.at(method, step, steps))
-
-            return run_loop(
-                f"fine-tune {method.name}",
-                joint,
-                iter(batches) if not isinstance(batches, (list, tuple)) else repeat(batches),
-                modules,
-                groups,
-                settings,
-                accelerator=accelerator,
-                checkpoint=None if out is None else Path(out) / "fine-tune.pt",
-                progress=progress,
-                before_step=before_step,
-            )
-    finally:
-        model.train(was_training)
+    with ExitStack() as stack:
+        stack.enter_context(in_mode(model, training=True))
         if module is not None:
-            module.eval()
+            stack.callback(module.train().eval)
+        observer = seen if watched else None
+        sparse = stack.enter_context(sparsify(model, method, when="always", observer=observer))
+
+        def before_step(step: int) -> None:
+            nonlocal now
+            now = step
+            if ramp is not None:
+                sparse.use(ramp.at(method, step, steps))
+
+        return run_loop(
+            f"fine-tune {method.name}",
+            joint,
+            # An iterator as it is: a generator around it would close it for the phases to come.
+            repeat(batches) if isinstance(batches, (list, tuple)) else iter(batches),
+            modules,
+            groups,
+            settings,
+            accelerator=accelerator,
+            checkpoint=None if out is None else Path(out) / "fine-tune.pt",
+            progress=progress,
+            before_step=before_step,
+        )
 
 
 def _module(method: Learned) -> nn.Module:
@@ -277,21 +286,6 @@ def _module(method: Learned) -> nn.Module:
             f"method: {method.name} has no weights yet; make them with initialise or sl.adapt"
         )
     return method.module
-
-
-@contextmanager
-def frozen(model: nn.Module, *, gradients: bool = False) -> Generator[None, None, None]:
-    """The model in eval mode, all parameters with `gradients` or none; both restored on exit."""
-    was_training = model.training
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    model.requires_grad_(gradients)
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        model.train(was_training)
 
 
 def _own_loss(outputs: Any, batch: Batch) -> Tensor:

@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import torch
 
 from sparseloom.integrations import sparsify
-from sparseloom.methods import AttentionInputs, Calibrated, Dense, Method
-from sparseloom.training.adapt import frozen
+from sparseloom.methods import (
+    AttentionInputs,
+    Calibrated,
+    Dense,
+    DynamicSparse,
+    Method,
+    calibrate_thresholds,
+)
+from sparseloom.models.modes import frozen
 from sparseloom.training.loop import Batch
 from sparseloom.training.predictor_loss import Collector
 
@@ -20,7 +27,7 @@ AnyMethod = TypeVar("AnyMethod", bound=Method)
 
 
 def calibrate(model: PreTrainedModel, method: AnyMethod, batches: Iterable[Batch]) -> AnyMethod:
-    """`method` with what it needs to know of `model`, such as the thresholds of ELSA.
+    """`method` with what it needs to know of `model`: thresholds of ELSA, or of its predictions.
 
     Args:
         model: a supported Hugging Face model; left unchanged, and run dense.
@@ -30,8 +37,8 @@ def calibrate(model: PreTrainedModel, method: AnyMethod, batches: Iterable[Batch
     Raises:
         ValueError: the method has nothing to calibrate, or there are no batches.
     """
-    if not isinstance(method, Calibrated):
-        raise ValueError(f"method must be one that is calibrated (elsa), got {method}")
+    if not isinstance(method, (Calibrated, DynamicSparse)):
+        raise ValueError(f"method must be one that is calibrated (elsa, dynamic), got {method}")
 
     def calls(seen: Collector) -> Iterator[AttentionInputs]:
         for batch in batches:
@@ -40,4 +47,6 @@ def calibrate(model: PreTrainedModel, method: AnyMethod, batches: Iterable[Batch
 
     seen = Collector()
     with torch.no_grad(), frozen(model), sparsify(model, Dense(), observer=seen):
+        if isinstance(method, DynamicSparse):
+            return cast("AnyMethod", calibrate_thresholds(method, calls(seen)))
         return cast("AnyMethod", method.calibrate(calls(seen)))
