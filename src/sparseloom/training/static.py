@@ -21,6 +21,7 @@ from sparseloom.mask import SparseMask
 from sparseloom.methods import Dense, StaticSparse
 from sparseloom.methods.base import AttentionInputs
 from sparseloom.methods.tile_statistics import TileStatistics
+from sparseloom.models.modes import frozen
 from sparseloom.regions import TILE_KEYS, TILE_QUERIES
 from sparseloom.training.adapt import ModelLoss, finetune
 from sparseloom.training.checkpoint import WEIGHTS, load_method, save_method
