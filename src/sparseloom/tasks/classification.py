@@ -235,7 +235,9 @@ def read_examples(raw: str, path: Path) -> list[Example]:
         try:
             rows += list(reader)
         except csv.Error as error:
-            raise ValueError(f"line {reader.reader.line_num} of {path} cannot be read: {error}") from None
+            raise ValueError(
+                f"line {reader.reader.line_num} of {path} cannot be read: {error}"
+            ) from None
     examples: list[Example] = []
     for number, row in enumerate(rows, 1):
         text, label = row.get("text"), row.get("label")
