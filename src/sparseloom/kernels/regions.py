@@ -4,7 +4,8 @@ After Dai et al. 2023 (DAC); region design ours. `sparseloom.regions` says which
 and how, `regions_reference` what comes out. A plan turns the regions of all heads into a few
 ``SparseMask``s, one for each way of computing: whole tiles of 16 × 32, what is left of tiles with
 holes, low precision, and pooled keys for each size of segments. Each is one call of ``attention``;
-their results are joined by log-sum-exp, which is exact.
+their results are joined by log-sum-exp, which is exact. The C++ library computes whole tiles and
+pooled keys in one pass instead (``kernels.cpu.runs``), where no gradient is wanted.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sparseloom.kernels.api import AttentionOutput, attention
-from sparseloom.kernels.common import accumulation_dtype
+from sparseloom.kernels import cpu
+from sparseloom.kernels.api import AttentionOutput, attention, check_inputs, check_key_padding
+from sparseloom.kernels.common import AttentionCall, accumulation_dtype
+from sparseloom.kernels.cpu import runs as cpu_runs
+from sparseloom.kernels.cpu.runs import KeyRuns, key_runs
 from sparseloom.kernels.regions_reference import checked_heads, reference_attention
 from sparseloom.kernels.segments import low_precision, segment_means, segment_sizes
 from sparseloom.mask import SparseMask
@@ -46,12 +50,14 @@ class Part:
     segment: 1, or keys per segment.
     low_precision_shift: 0, or that of the regions.
     is_causal: let the kernel leave out later keys; else the mask does.
+    in_runs: the runs of the plan, if it has any, hold it too.
     """
 
     mask: SparseMask
     segment: int = 1
     low_precision_shift: int = 0
     is_causal: bool = False
+    in_runs: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +67,15 @@ class RegionPlan:
     heads: regions by head; a number that divides the query heads, 1 = shared.
     tiles: all tiles that some region owns, blocks of 16 × 32: what is computed exactly or as means.
     parts: the calls.
+    runs: where keys are pooled, whole tiles and pooled ones together, for the CPU, which computes
+        them in one pass and not part by part.
     """
 
     heads: tuple[HeadRegions, ...]
     is_causal: bool
     tiles: SparseMask
     parts: tuple[Part, ...]
+    runs: KeyRuns | None = None
 
     @property
     def q_len(self) -> int:
@@ -110,6 +119,7 @@ def plan_regions(
     all_causal = bool(every) and all(region.causal for region in every)
     cut = tiles_of(lambda r: r.causal) & _on_the_edge(q_len, kv_len)
     parts: list[Part] = []
+    log2s = np.full(owner.shape, -1, np.int16)
     for shift in sorted({region.low_precision_shift for region in every}):
         mine = tiles_of(
             lambda r, shift=shift: r.mode is not Mode.COARSE and r.low_precision_shift == shift
@@ -118,7 +128,10 @@ def plan_regions(
         if not all_causal:
             whole &= ~cut
         if whole.any():
-            parts.append(Part(tile_mask(whole, q_len, kv_len), 1, shift, all_causal))
+            mask = tile_mask(whole, q_len, kv_len)
+            parts.append(Part(mask, 1, shift, all_causal, in_runs=shift == 0))
+            if shift == 0:
+                log2s[whole] = 0
         rest = mine & ~whole
         if rest.any():
             parts.append(Part(_pair_mask(listed, rest, q_len, kv_len), 1, shift))
@@ -127,9 +140,11 @@ def plan_regions(
         if mine.any():
             segments = -(-kv_len // size)
             mask = tile_mask(mine, q_len, segments, block_keys=TILE_KEYS // size)
-            parts.append(Part(mask, size))
+            parts.append(Part(mask, size, in_runs=True))
+            log2s[mine] = size.bit_length() - 1
     tiles = tile_mask(owner >= 0, q_len, kv_len)
-    return RegionPlan(tuple(heads), is_causal, tiles, tuple(parts or [Part(tiles)]))
+    runs = key_runs(log2s) if (log2s > 0).any() else None
+    return RegionPlan(tuple(heads), is_causal, tiles, tuple(parts or [Part(tiles)]), runs)
 
 
 def tile_mask(
@@ -194,8 +209,16 @@ def region_attention(
             f"plan must be for a number of heads that divides {query.shape[1]}, "
             f"got {len(plan.heads)}"
         )
-    common |= {"return_lse": return_lse or len(plan.parts) > 1, "backend": backend}
-    found = [_run(part, query, key, value, common) for part in plan.parts]
+    runs = plan.runs if backend in ("auto", "cpu") else None
+    if runs is not None and not _takes_runs(query, key, value):
+        runs = None
+    parts = [part for part in plan.parts if runs is None or not part.in_runs]
+    lse = return_lse or len(parts) + (runs is not None) > 1
+    found = [_run(part, query, key, value, common | {"return_lse": lse, "backend": backend})
+             for part in parts]  # fmt: skip
+    if runs is not None:
+        is_causal = any(part.is_causal for part in plan.parts if part.in_runs)
+        found.append(_run_runs(runs, query, key, value, common, is_causal=is_causal, lse=lse))
     if len(found) == 1:
         return found[0]
     joined = _join([part for part in found if isinstance(part, AttentionOutput)])
@@ -214,6 +237,39 @@ def valid_keys(
         if not 0 <= n <= kv_len:
             raise ValueError(f"n_valid must be in [0, {kv_len}], got {n}")
     return torch.arange(kv_len, device=device) < torch.tensor(n_valid, device=device)[:, None]
+
+
+def _takes_runs(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the C++ library computes runs of these inputs: there is no derivative."""
+    call = AttentionCall(query, key, value, None, None, (1, 1), None, False, 1.0)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    return (
+        not grad
+        and cpu.unsupported(call, lse=True, importance=False, grad=False) is None
+        and cpu_runs.available()
+    )
+
+
+def _run_runs(
+    runs: KeyRuns,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    common: dict[str, Any],
+    *,
+    is_causal: bool,
+    lse: bool,
+) -> Tensor | AttentionOutput:
+    """All runs of a plan in one pass."""
+    query, key, value = check_inputs(query, key, value, enable_gqa=common["enable_gqa"])
+    padding, scale = common["key_padding"], common["scale"]
+    if padding is not None:
+        check_key_padding(padding, key)
+    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else float(scale)
+    out, sums = cpu_runs.attention_runs_op(
+        query, key, value, runs.table, runs.offsets, padding, is_causal, scale, lse
+    )
+    return AttentionOutput(out, sums) if lse else out
 
 
 def _run(

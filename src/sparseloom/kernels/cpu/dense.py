@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from sparseloom.kernels.common import AttentionCall, ForwardResult
 from sparseloom.kernels.cpu import native
@@ -33,7 +34,12 @@ def suits(call: AttentionCall, *, importance: bool) -> bool:
     return suits_mask(element, *where, *offsets.shape[:2], call.q_len)
 
 
-def forward(call: AttentionCall, lse: bool, importance: bool) -> ForwardResult:
+def forward(
+    call: AttentionCall,
+    lse: bool,
+    importance: bool,
+    runs: tuple[Tensor, Tensor] | None = None,
+) -> ForwardResult:
     """Attention over all pairs that the mask, causality and padding allow.
 
     The column sums of the probabilities take a second pass over the scores, which needs the
@@ -44,6 +50,7 @@ def forward(call: AttentionCall, lse: bool, importance: bool) -> ForwardResult:
             of blocks of 16 x 32.
         lse: also return the log-sum-exp of each row.
         importance: also return the column sums of the probabilities and Σ|out|.
+        runs: in place of a mask, the table and the offsets of ``KeyRuns``; no importance then.
     """
     assert call.dropout_p == 0.0
     indices = None if call.indices is None else call.indices.contiguous()
@@ -75,7 +82,11 @@ def forward(call: AttentionCall, lse: bool, importance: bool) -> ForwardResult:
         address(sums),
     )
     library, threads = native.library(), torch.get_num_threads()
-    if indices is None or offsets is None:
+    if runs is not None:
+        table, starts = runs
+        where = address(table), address(starts), starts.shape[0]
+        library.dense_runs_forward(*shared, threads, *where)
+    elif indices is None or offsets is None:
         library.dense_forward(*shared, address(columns), address(magnitude), threads)
     else:
         mask = address(indices), address(offsets), *offsets.shape[:2]

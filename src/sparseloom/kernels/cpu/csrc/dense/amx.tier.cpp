@@ -4,25 +4,23 @@
 #if SL_AMX
 
 #include "dense/amx.hpp"
+#include "dense/pool.hpp"
 
 namespace sparseloom::SL_TIER::dense {
 namespace {
 
-size_t shared_bytes(const DenseArgs& a) {
+size_t head_bytes(const DenseArgs& a) {
   const Sizes z = sizes(a);
-  return static_cast<size_t>(a.batch * a.kv_heads * z.chunks *
-                             (chunk_tiles(z) * TILE + static_cast<int64_t>(sizeof(float))));
+  return static_cast<size_t>(z.places.all() * chunk_tiles(z) * TILE) +
+         sizeof(float) * static_cast<size_t>(z.places.means() * CHUNK + z.places.keys());
 }
 
-int64_t shared_parts(const DenseArgs& a) {
-  return a.batch * a.kv_heads * ((sizes(a).chunks + CHUNKS - 1) / CHUNKS);
-}
+// Some chunks of keys each, then a chunk of means each.
+int64_t key_parts(const Sizes& z) { return (z.places.keys() + CHUNKS - 1) / CHUNKS; }
 
-// The largest squared norm of the keys of each chunk, after all tiles.
-float* squares(const DenseArgs& a, void* shared) {
+int64_t head_parts(const DenseArgs& a) {
   const Sizes z = sizes(a);
-  return reinterpret_cast<float*>(static_cast<char*>(shared) +
-                                  a.batch * a.kv_heads * z.chunks * chunk_tiles(z) * TILE);
+  return key_parts(z) + z.places.means();
 }
 
 // NaN if one of the two is.
@@ -41,14 +39,37 @@ float square_rows(const char* tiles, int64_t depth) {
   return most;
 }
 
-void prepare(const DenseArgs& a, void* shared, int64_t part) {
+// The tiles of a chunk of means, 32 dims at a time; their factors are in `missing`.
+void prepare_means(const DenseArgs& a, const Sizes& z, const Heads& h, const Segments& segments,
+                   char* tiles, float* missing) {
+  alignas(64) Bf16 rows[CHUNK * CHUNK];
+  if (!missing_weights(segments, missing)) return;  // nobody looks at it
+  for (int64_t d = 0; d < z.depth; ++d) {
+    const int64_t dims = a.head_dim - d * CHUNK < CHUNK ? a.head_dim - d * CHUNK : CHUNK;
+    pool_rows(segments, h.key + d * CHUNK, a.key.row, dims, rows, CHUNK);
+    for (int half = 0; half < 2; ++half)
+      copy_tiles(rows + half * 16 * CHUNK, CHUNK, 16, dims, 1, tiles + (half * z.depth + d) * TILE);
+  }
+  for (int64_t w = 0; w < z.widths; w += 2) {
+    const int64_t left = a.value_dim - w * 16, dims = left < CHUNK ? left : CHUNK;
+    pool_rows(segments, h.value + w * 16, a.value.row, dims, rows, CHUNK);
+    transpose_tiles(rows, CHUNK, CHUNK, dims, 2, tiles + (2 * z.depth + w) * TILE);
+  }
+}
+
+void prepare(const DenseArgs& a, int64_t batch, int64_t kv_head, void* head, int64_t part) {
   const Sizes z = sizes(a);
-  const int64_t parts = (z.chunks + CHUNKS - 1) / CHUNKS, head = part / parts;
-  const Heads h = find_heads(a, head / a.kv_heads, head % a.kv_heads);
-  char* tiles = static_cast<char*>(shared) + head * z.chunks * chunk_tiles(z) * TILE;
-  const int64_t first = part % parts * CHUNKS;
-  for (int64_t c = first; c < z.chunks && c < first + CHUNKS; ++c) {
-    char* at = tiles + c * chunk_tiles(z) * TILE;
+  const Heads h = find_heads(a, batch, kv_head);
+  const Shared to = shared_layout(z, head);
+  if (part >= key_parts(z)) {
+    const int64_t chunk = part - key_parts(z), place = z.places.keys() + chunk;
+    prepare_means(a, z, h, Segments(a, batch, z.places, place),
+                  to.tiles + place * chunk_tiles(z) * TILE, to.missing + chunk * CHUNK);
+    return;
+  }
+  const int64_t first = part * CHUNKS;
+  for (int64_t c = first; c < z.places.keys() && c < first + CHUNKS; ++c) {
+    char* at = to.tiles + c * chunk_tiles(z) * TILE;
     float largest_square = 0.0f;
     for (int half = 0; half < 2; ++half) {
       const int64_t j = c * CHUNK + half * 16;
@@ -58,7 +79,7 @@ void prepare(const DenseArgs& a, void* shared, int64_t part) {
     }
     transpose_tiles(h.value + c * CHUNK * a.value.row, a.value.row, a.kv_len - c * CHUNK,
                     a.value_dim, z.widths, at + 2 * z.depth * TILE);
-    squares(a, shared)[head * z.chunks + c] = largest_square;
+    to.squares[c] = largest_square;
   }
 }
 
@@ -70,14 +91,17 @@ size_t scratch_bytes(const DenseArgs& a) {
 }
 
 // bound[lane] >= |score| in units of log2, by Cauchy and Schwarz. Whether all are below LIMIT.
-bool bound_scores(const DenseArgs& a, const DenseItem& item, const Queries<Bf16>& lanes,
-                  const void* shared, const char* packed, __m512 bound[2]) {
-  const Sizes z = sizes(a);
-  const float* at = squares(a, const_cast<void*>(shared)) +
-                    (item.batch * a.kv_heads + item.kv_head) * z.chunks;
+// `squares` of the chunks of keys.
+bool bound_scores(const DenseArgs& a, const Sizes& z, const Queries<Bf16>& lanes,
+                  const float* squares, const char* packed, __m512 bound[2]) {
   float most = 0.0f;
-  for (int64_t c = 0; c * CHUNK <= lanes.most; ++c) most = larger(most, at[c]);
-  const __m512 factor = _mm512_set1_ps(positive_factor(a) * 1.001f * __builtin_sqrtf(most));
+  // Means may take in keys of their chunk that no query sees one by one.
+  const int64_t end = a.means ? a.kv_len - 1 : lanes.most;
+  for (int64_t c = 0; c * CHUNK <= end; ++c) most = larger(most, squares[c]);
+  // Means are no longer than the longest of their keys, but for their rounding; and weigh more.
+  const float slack = a.means ? 1.004f : 1.001f;
+  const __m512 factor = _mm512_set1_ps(positive_factor(a) * slack * __builtin_sqrtf(most));
+  const __m512 weight = _mm512_set1_ps(a.means ? LOG2S - 1.0f : 0.0f);
   int fit = 0xffff;
   for (int q = 0; q < 2; ++q) {
     __m512 sum = _mm512_setzero_ps();
@@ -86,7 +110,7 @@ bool bound_scores(const DenseArgs& a, const DenseItem& item, const Queries<Bf16>
         const auto pair = (__m512bh)_mm512_load_si512(packed + (2 * d + q) * TILE + i * 64);
         sum = _mm512_dpbf16_ps(sum, pair, pair);
       }
-    bound[q] = _mm512_mul_ps(_mm512_sqrt_ps(sum), factor);
+    bound[q] = _mm512_fmadd_ps(_mm512_sqrt_ps(sum), factor, weight);
     fit &= _mm512_cmp_ps_mask(bound[q], _mm512_set1_ps(LIMIT), _CMP_LT_OQ);  // false for NaN
   }
   return fit == 0xffff;
@@ -164,14 +188,12 @@ void shrink_sums(float* acc, int64_t rows, const Rows& r) {
     }
 }
 
-void attend(const DenseArgs& a, const DenseItem& item, const void* shared, void* memory) {
+void attend(const DenseArgs& a, const DenseItem& item, const void* head, void* memory) {
   const Sizes z = sizes(a);
   const Memory m = layout(a, memory);
+  const Shared from = shared_layout(z, head);
   const int64_t step = chunk_tiles(z) * TILE;
-  const char* keys = static_cast<const char*>(shared) +
-                     (item.batch * a.kv_heads + item.kv_head) * z.chunks * step;
-  const char* values = keys + 2 * z.depth * TILE;
-  const uint8_t* attended = a.attend ? a.attend + item.batch * a.kv_len : nullptr;
+  const char *keys = from.tiles, *values = keys + 2 * z.depth * TILE;
   Queries<Bf16> lanes;
   find_lanes(a, item, lanes);
   pack_pairs(lanes.query, lanes.count, a.head_dim, z.depth, a.scale < 0, m.lanes);
@@ -179,17 +201,21 @@ void attend(const DenseArgs& a, const DenseItem& item, const void* shared, void*
     _mm512_store_ps(m.acc + i, _mm512_setzero_ps());
   set_tiles();
   __m512 bound[2];
-  if (!a.lse && bound_scores(a, item, lanes, shared, m.lanes, bound)) {
-    attend_bounded(a, item, lanes, keys, m, bound);
+  const Sight sight = {lanes, a.attend ? a.attend + item.batch * a.kv_len : nullptr, z.places,
+                       from.missing};
+  if (!a.lse && bound_scores(a, z, lanes, from.squares, m.lanes, bound)) {
+    attend_bounded(a, item, sight, keys, m, bound);
     return;
   }
-  const __m512 c = _mm512_set1_ps(positive_factor(a));
+  const float factor = positive_factor(a);
+  const __m512 c = _mm512_set1_ps(factor);
+  const Weights weights(factor);
   Rows r;
   for (int q = 0; q < 2; ++q) {
     r.top[q] = _mm512_set1_ps(LOWEST);
     r.sum[q] = r.shrink[q] = _mm512_setzero_ps();
   }
-  Blocks blocks(a, item, lanes, attended);
+  Blocks blocks(a, item, sight);
   Block before = {}, now = {}, after = blocks.take();
   int turn = 0;
   bool grown = false;
@@ -204,14 +230,14 @@ void attend(const DenseArgs& a, const DenseItem& item, const void* shared, void*
                                static_cast<int>(z.widths / 2) * before.chunks))};
     asm volatile("" ::: "memory");  // what tiles load must have been stored
     for (int i = 0; i < after.chunks; ++i) {
-      const char* key = keys + after.at[i] * step;
-      zero_tiles();
+      const char* key = keys + after.at[i].place * step;
+      weights.load(after.at[i].log2);
       for (int64_t d = 0; d < z.depth; ++d)
         multiply(key + d * TILE, key + (z.depth + d) * TILE, m.lanes + 2 * d * TILE,
                  m.lanes + (2 * d + 1) * TILE, 64, work);
       float* to = ahead + i * CHUNK * LANES;
       store_sums(to);
-      if (after.masked) forbid_rows(lanes, attended, after.at[i], after.kept[i], to);
+      if (after.at[i].masked) forbid_rows(sight, after.at[i], factor, to);
       // One chunk late: scores that were just stored are slow to load.
       if (i > 0) maxima.chunk(to - CHUNK * LANES);
     }
@@ -220,7 +246,7 @@ void attend(const DenseArgs& a, const DenseItem& item, const void* shared, void*
       float* sums = m.acc + w * 16 * LANES;
       load_sums(sums);
       for (int i = 0; i < before.chunks; ++i)
-        multiply(value + before.at[i] * step, value + before.at[i] * step + TILE,
+        multiply(value + before.at[i].place * step, value + before.at[i].place * step + TILE,
                  behind + i * 16 * ROW, behind + i * 16 * ROW + 64, ROW, work);
       store_sums(sums);
     }
@@ -278,8 +304,8 @@ void finish_rows(const DenseArgs& a, const Queries<Bf16>& lanes, const __m512 to
 }
 
 extern const DenseKernels tiles_bf16;
-const DenseKernels tiles_bf16 = {LANES,         shared_bytes, shared_parts, prepare,
-                                 scratch_bytes, attend,       column_sums};
+const DenseKernels tiles_bf16 = {LANES,         head_bytes, head_parts, prepare,
+                                 scratch_bytes, attend,     column_sums};
 
 }  // namespace sparseloom::SL_TIER::dense
 #endif

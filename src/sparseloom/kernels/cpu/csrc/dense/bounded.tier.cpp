@@ -57,32 +57,33 @@ struct IntegerPowers {
 
 }  // namespace
 
-void attend_bounded(const DenseArgs& a, const DenseItem& item, const Queries<Bf16>& lanes,
+void attend_bounded(const DenseArgs& a, const DenseItem& item, const Sight& sight,
                     const char* tiles, const Memory& m, const __m512 bound[2]) {
   const Sizes z = sizes(a);
   const int64_t step = chunk_tiles(z) * TILE;
   const char* values = tiles + 2 * z.depth * TILE;
-  const uint8_t* attended = a.attend ? a.attend + item.batch * a.kv_len : nullptr;
   const int depth = static_cast<int>(z.depth), widths = static_cast<int>(z.widths);
   // Powers reach 2^HIGH at most; a sum of this adds to 1.5 * 2^23, whose last bits are integers.
-  const __m512 c = _mm512_set1_ps(positive_factor(a) * 256.0f);
+  const float factor = positive_factor(a);
+  const __m512 c = _mm512_set1_ps(factor * 256.0f);
+  const Weights weights(factor);
   __m512 shift[2], sum[2];
   for (int q = 0; q < 2; ++q) {
     const __m512 top = _mm512_max_ps(_mm512_sub_ps(bound[q], _mm512_set1_ps(HIGH)), _mm512_setzero_ps());
     shift[q] = _mm512_fnmadd_ps(top, _mm512_set1_ps(256.0f), _mm512_set1_ps(12582912.0f + 127 * 256));
     sum[q] = _mm512_setzero_ps();
   }
-  Blocks blocks(a, item, lanes, attended);
+  Blocks blocks(a, item, sight);
   Block before = {}, now = blocks.take(), after = {};
   int slot = 0, turn = 0;
   const auto scores_of = [&](const Block& block, int chunk, float* to, auto& work) __attribute__((always_inline)) {
-    const char* key = tiles + block.at[chunk] * step;
-    zero_tiles();
+    const char* key = tiles + block.at[chunk].place * step;
+    weights.load(block.at[chunk].log2);
     for (int64_t d = 0; d < z.depth; ++d)
       multiply(key + d * TILE, key + (z.depth + d) * TILE, m.lanes + 2 * d * TILE,
                m.lanes + (2 * d + 1) * TILE, 64, work);
     store_sums(to);
-    if (block.masked) forbid_rows(lanes, attended, block.at[chunk], block.kept[chunk], to);
+    if (block.at[chunk].masked) forbid_rows(sight, block.at[chunk], factor, to);
   };
   float* ring[2] = {m.scores[0], m.scores[0] + CHUNK * LANES};
   struct { SL_INLINE void some() {} } idle;
@@ -106,7 +107,7 @@ void attend_bounded(const DenseArgs& a, const DenseItem& item, const Queries<Bf1
         float* sums = m.acc + w * 32 * LANES;
         load_sums(sums);
         for (int k = 0; k < before.chunks; ++k)
-          multiply(value + before.at[k] * step, value + before.at[k] * step + TILE,
+          multiply(value + before.at[k].place * step, value + before.at[k].place * step + TILE,
                    powers + k * 16 * ROW, powers + k * 16 * ROW + 64, ROW, work);
         store_sums(sums);
       }
@@ -119,7 +120,7 @@ void attend_bounded(const DenseArgs& a, const DenseItem& item, const Queries<Bf1
     turn ^= 1;
   }
   _tile_release();
-  finish_rows(a, lanes, shift, sum, m.acc);
+  finish_rows(a, sight.lanes, shift, sum, m.acc);
 }
 
 }  // namespace sparseloom::SL_TIER::dense

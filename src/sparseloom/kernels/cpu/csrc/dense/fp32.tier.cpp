@@ -1,6 +1,7 @@
 // Dense attention in fp32 arithmetic, for every input type: 16-bit keys and values are widened one
 // block at a time, while it is in the cache.
 #include "dense/lanes.hpp"
+#include "dense/pool.hpp"
 
 namespace sparseloom::SL_TIER::dense {
 namespace {
@@ -43,79 +44,177 @@ size_t scratch_bytes(const DenseArgs& a) {
                              MASKED_KB * (a.head_dim + a.value_dim));
 }
 
-size_t shared_bytes(const DenseArgs&) { return 0; }
-int64_t shared_parts(const DenseArgs&) { return 0; }
-void prepare(const DenseArgs&, void*, int64_t) {}
+// Means are made once, in fp32: rows of keys, of values, and what their weights lack, in each of the
+// three one chunk of means after the other.
+struct Means {
+  float *keys, *values, *missing;
+};
 
-// Adjacent keys, and a bit for each block of queries of the mask that keeps them.
-struct Block { int64_t first, count; int kept; };
+Means means_layout(const DenseArgs& a, const Places& places, const void* head) {
+  float* at = static_cast<float*>(const_cast<void*>(head));
+  const int64_t rows = places.means() * MASK_KEYS;
+  return {at, at + rows * a.head_dim, at + rows * (a.head_dim + a.value_dim)};
+}
 
-// The keys that some query of an item may see, block after block.
+size_t head_bytes(const DenseArgs& a) {
+  return sizeof(float) *
+         static_cast<size_t>(Places(a).means() * MASK_KEYS * (a.head_dim + a.value_dim + 1));
+}
+
+int64_t head_parts(const DenseArgs& a) { return Places(a).means(); }
+
+template <class T>
+const T* head_rows(const DenseView& view, int64_t batch, int64_t head) {
+  return static_cast<const T*>(view.data) + batch * view.batch + head * view.head;
+}
+
+template <class T>
+void prepare(const DenseArgs& a, int64_t batch, int64_t kv_head, void* head, int64_t chunk) {
+  const Places places(a);
+  const Segments segments(a, batch, places, places.keys() + chunk);
+  const Means to = means_layout(a, places, head);
+  const int64_t first = chunk * MASK_KEYS;
+  missing_weights(segments, to.missing + first);
+  pool_rows(segments, head_rows<T>(a.key, batch, kv_head), a.key.row, a.head_dim,
+            to.keys + first * a.head_dim, a.head_dim);
+  pool_rows(segments, head_rows<T>(a.value, batch, kv_head), a.value.row, a.value_dim,
+            to.values + first * a.value_dim, a.value_dim);
+}
+
+// Adjacent keys, or means over segments of 2^log2 keys.
+struct Block {
+  static constexpr int MOST = 2 << (LOG2S - 1);
+  int log2;
+  int64_t first, count;
+  int tiles;       // under a mask: tiles of keys that they come from
+  int kept[MOST];  // and which blocks of queries keep each of them
+  int64_t tile() const { return MASK_KEYS >> log2; }  // rows of one
+};
+
+// The blocks that some query of an item may see, one after the other.
 struct Blocks {
-  int64_t most;  // last key that a query sees
+  int64_t most, kv_len;  // last key that a query sees
   bool masked;
   KeptTiles tiles;  // under a mask
-  int64_t ahead = -1;  // the tile that ended the last block
-  int kept = 0;
+  KeptTile ahead;
+  bool more = false;
   int64_t next = 0;  // key, without a mask
+
+  template <class T>
+  Blocks(const DenseArgs& a, const DenseItem& item, const Queries<T>& lanes)
+      : most(lanes.most), kv_len(a.kv_len), masked(a.offsets) {
+    if (!masked) return;
+    tiles = kept_tiles(a, item);
+    more = tiles.next(ahead);
+  }
 
   // False when there is none.
   bool take(Block& block) {
     if (!masked) {
-      block = {next, most + 1 - next < KB ? most + 1 - next : KB, 0};
+      block.log2 = block.tiles = 0;
+      block.first = next;
+      block.count = most + 1 - next < KB ? most + 1 - next : KB;
       next += KB;
       return block.count > 0;
     }
-    if (ahead < 0) ahead = tiles.next(kept);
-    if (ahead < 0 || ahead * MASK_KEYS > most) return false;
-    block = {ahead * MASK_KEYS, MASK_KEYS, kept};
-    ahead = tiles.next(kept);
-    if (ahead * MASK_KEYS == block.first + MASK_KEYS && kept == block.kept) {
-      block.count += MASK_KEYS;
-      ahead = -1;
-    }
-    if (block.first + block.count > most + 1) block.count = most + 1 - block.first;
+    while (more && ahead.log2 == 0 && ahead.tile * MASK_KEYS > most) more = tiles.next(ahead);
+    if (!more) return false;
+    const int64_t first = ahead.tile;
+    block.log2 = ahead.log2;
+    block.first = first * block.tile();
+    block.tiles = 0;
+    do {
+      block.kept[block.tiles++] = ahead.kept;
+      more = tiles.next(ahead);
+      // Tiles of means are short, and queries skip what only others keep of a block.
+    } while (more && ahead.log2 == block.log2 && ahead.tile == first + block.tiles &&
+             (block.log2 || ahead.kept == block.kept[0]) &&
+             block.tiles * block.tile() < MASKED_KB);
+    const int64_t seen = block.log2 ? kv_len : most + 1, size = int64_t{1} << block.log2;
+    const int64_t left = (seen + size - 1) / size - block.first;
+    block.count = block.tiles * block.tile() < left ? block.tiles * block.tile() : left;
     return true;
   }
 };
 
-// Scores of n keys become -inf for the queries whose block does not keep them. `offset` of the first
-// lane in its block.
-SL_INLINE void forbid_tiles(int kept, int64_t offset, int64_t n, float* scores) {
+// The vectors that some tile of a block is kept by. `offset` of the first lane in its block of queries.
+SL_INLINE Range kept_range(const Block& block, int64_t offset) {
+  int any = 0;
+  for (int t = 0; t < block.tiles; ++t) any |= block.kept[t];
+  Range range = {0, VECTORS};
+  while (!(any >> (offset + range.first * W) / MASK_QUERIES & 1)) ++range.first;
+  while (!(any >> (offset + (range.end - 1) * W) / MASK_QUERIES & 1)) --range.end;
+  return range;
+}
+
+// Scores become -inf for the queries whose block does not keep their tile.
+SL_INLINE void forbid_tiles(const Block& block, int64_t offset, Range range, float* scores) {
   const F never = set1(-__builtin_inff());
-  for (int v = 0; v < VECTORS; ++v)
-    if (!(kept >> (offset + v * W) / MASK_QUERIES & 1))
-      for (int64_t j = 0; j < n; ++j) store(scores + j * QB + v * W, never);
+  for (int t = 0; t < block.tiles; ++t) {
+    const int64_t begin = t * block.tile(), end = begin + block.tile();
+    for (int v = range.first; v < range.end; ++v)
+      if (!(block.kept[t] >> (offset + v * W) / MASK_QUERIES & 1))
+        for (int64_t j = begin; j < end && j < block.count; ++j) store(scores + j * QB + v * W, never);
+  }
+}
+
+// Whether some of n means have keys.
+SL_INLINE bool any_key(const float* missing, int64_t n) {
+  for (int64_t j = 0; j < n; ++j)
+    if (missing[j] != -__builtin_inff()) return true;
+  return false;
+}
+
+// Means weigh as much as their keys.
+SL_INLINE void add_weights(const Block& block, const float* missing, Range range, float* scores) {
+  for (int64_t j = 0; j < block.count; ++j) {
+    const F weight = set1(static_cast<float>(block.log2) + missing[j]);
+    for (int v = range.first; v < range.end; ++v) {
+      float* at = scores + j * QB + v * W;
+      store(at, load(at) + weight);
+    }
+  }
 }
 
 template <class T>
-void attend(const DenseArgs& a, const DenseItem& item, const void*, void* memory) {
+void attend(const DenseArgs& a, const DenseItem& item, const void* head, void* memory) {
   const Scratch s = layout(a, memory);
   Queries<T> lanes;
   find_lanes(a, item, lanes);
   pack_lanes(lanes.query, lanes.count, a.head_dim, a.scale * LOG2E, s.lanes);
-  const T* keys = static_cast<const T*>(a.key.data) + item.batch * a.key.batch +
-                  item.kv_head * a.key.head;
-  const T* values = static_cast<const T*>(a.value.data) + item.batch * a.value.batch +
-                    item.kv_head * a.value.head;
+  const T* keys = head_rows<T>(a.key, item.batch, item.kv_head);
+  const T* values = head_rows<T>(a.value, item.batch, item.kv_head);
   const uint8_t* attended = a.attend ? a.attend + item.batch * a.kv_len : nullptr;
+  const Places places(a);
+  const Means means = means_layout(a, places, head);
+  const int64_t offset = item.first % a.q_len % MASK_QUERIES;
   Stats stats;
   clear(stats);
   for (int64_t i = 0; i < a.value_dim * QB; i += W) store(s.acc + i, zero());
-  Blocks blocks = {lanes.most, a.indices != nullptr, {}};
-  if (blocks.masked) blocks.tiles = kept_tiles(a, item);
+  Blocks blocks(a, item, lanes);
   for (Block block; blocks.take(block);) {
     const int64_t j0 = block.first, n = block.count;
-    const int64_t live = count_attended(attended, j0, n);
-    if (live == 0) continue;
-    const Rows key = widen(keys + j0 * a.key.row, a.key.row, n, a.head_dim, s.keys);
-    product<false>(key.at, key.stride, 1, n, s.lanes, a.head_dim, s.scores);
-    if (live < n || lanes.least < j0 + n - 1) forbid(lanes, attended, j0, n, s.scores);
-    if (blocks.masked && block.kept != blocks.tiles.all())
-      forbid_tiles(block.kept, item.first % a.q_len % MASK_QUERIES, n, s.scores);
+    const Range range = blocks.masked ? kept_range(block, offset) : EVERY;
+    Rows key, value;
+    if (block.log2 == 0) {
+      const int64_t live = count_attended(attended, j0, n);
+      if (live == 0) continue;
+      key = widen(keys + j0 * a.key.row, a.key.row, n, a.head_dim, s.keys);
+      product<false>(key.at, key.stride, 1, n, s.lanes, a.head_dim, s.scores, range);
+      if (live < n || lanes.least < j0 + n - 1) forbid(lanes, attended, j0, n, s.scores);
+    } else {
+      const int64_t row = (places.first[block.log2] - places.keys()) * MASK_KEYS + j0;
+      if (!any_key(means.missing + row, n)) continue;
+      key = {means.keys + row * a.head_dim, a.head_dim};
+      value = {means.values + row * a.value_dim, a.value_dim};
+      product<false>(key.at, key.stride, 1, n, s.lanes, a.head_dim, s.scores, range);
+      add_weights(block, means.missing + row, range, s.scores);
+    }
+    if (blocks.masked) forbid_tiles(block, offset, range, s.scores);
     float shrink[QB];
-    if (raise_tops(s.scores, n, 1.0f, stats, shrink)) shrink_rows(s.acc, a.value_dim, shrink);
-    for (int v = 0; v < VECTORS; ++v) {
+    if (raise_tops(s.scores, n, stats, shrink, range))
+      shrink_rows(s.acc, a.value_dim, shrink, range);
+    for (int v = range.first; v < range.end; ++v) {
       const F top = load(stats.top + v * W);
       F sum = load(stats.sum + v * W);
       for (int64_t j = 0; j < n; ++j) {
@@ -126,8 +225,8 @@ void attend(const DenseArgs& a, const DenseItem& item, const void*, void* memory
       }
       store(stats.sum + v * W, sum);
     }
-    const Rows value = widen(values + j0 * a.value.row, a.value.row, n, a.value_dim, s.values);
-    product<true>(value.at, 1, value.stride, a.value_dim, s.scores, n, s.acc);
+    if (block.log2 == 0) value = widen(values + j0 * a.value.row, a.value.row, n, a.value_dim, s.values);
+    product<true>(value.at, 1, value.stride, a.value_dim, s.scores, n, s.acc, range);
   }
   finish(a, lanes, stats, s.acc);
 }
@@ -177,8 +276,8 @@ void columns(const DenseArgs& a, const DenseColumns& item, void* memory) {
 }
 
 template <class T>
-constexpr DenseKernels kernels = {QB,      shared_bytes,  shared_parts, prepare,
-                                  scratch_bytes, attend<T>, columns<T>};
+constexpr DenseKernels kernels = {QB,            head_bytes, head_parts, prepare<T>,
+                                  scratch_bytes, attend<T>,  columns<T>};
 
 }  // namespace
 

@@ -33,51 +33,77 @@ SL_INLINE F power(F x) {
 #endif
 }
 
-// c[r][lane] = (ADD ? c[r][lane] : 0) + sum over k < depth of a[r, k] * b[k][lane], r < R.
-// Sums of blocks, rather than one sum over all keys, keep the rounding error low.
-template <int R, bool ADD>
+// Vectors first ... end - 1 of the lanes.
+struct Range { int first, end; };
+constexpr Range EVERY = {0, VECTORS};
+
+// c[r][lane] = (ADD ? c[r][lane] : 0) + sum over k < depth of a[r, k] * b[k][lane], r < R, for V
+// vectors of lanes. Sums of blocks, rather than one sum over all keys, keep the rounding error low.
+template <int R, int V, bool ADD>
 SL_INLINE void product_rows(const float* a, int64_t a_row, int64_t a_depth, const float* b,
                             int64_t depth, float* c) {
-  F sums[R][VECTORS];
+  F sums[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) sums[r][v] = zero();
+    for (int v = 0; v < V; ++v) sums[r][v] = zero();
   for (int64_t k = 0; k < depth; ++k) {
-    F lanes[VECTORS];
+    F lanes[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) lanes[v] = load(b + k * QB + v * W);
+    for (int v = 0; v < V; ++v) lanes[v] = load(b + k * QB + v * W);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const F x = set1(a[r * a_row + k * a_depth]);
 #pragma GCC unroll 8
-      for (int v = 0; v < VECTORS; ++v) sums[r][v] = fma(x, lanes[v], sums[r][v]);
+      for (int v = 0; v < V; ++v) sums[r][v] = fma(x, lanes[v], sums[r][v]);
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) {
+    for (int v = 0; v < V; ++v) {
       float* at = c + r * QB + v * W;
       store(at, ADD ? load(at) + sums[r][v] : sums[r][v]);
     }
 }
 
-template <bool ADD>
-static inline void product(const float* a, int64_t a_row, int64_t a_depth, int64_t rows,
-                           const float* b, int64_t depth, float* c) {
+template <int V, bool ADD>
+static inline void product_vectors(const float* a, int64_t a_row, int64_t a_depth, int64_t rows,
+                                   const float* b, int64_t depth, float* c) {
+  constexpr int R = V == VECTORS ? ROWS : 8;  // enough sums at once to hide the latency of the FMA
   int64_t r = 0;
-  for (; r + ROWS <= rows; r += ROWS)
-    product_rows<ROWS, ADD>(a + r * a_row, a_row, a_depth, b, depth, c + r * QB);
+  for (; r + R <= rows; r += R)
+    product_rows<R, V, ADD>(a + r * a_row, a_row, a_depth, b, depth, c + r * QB);
   a += r * a_row;
   c += r * QB;
-  switch (rows - r) {
-    case 1: product_rows<1, ADD>(a, a_row, a_depth, b, depth, c); break;
-    case 2: product_rows<2, ADD>(a, a_row, a_depth, b, depth, c); break;
-    case 3: product_rows<3, ADD>(a, a_row, a_depth, b, depth, c); break;
-    case 4: product_rows<4, ADD>(a, a_row, a_depth, b, depth, c); break;
-    case 5: product_rows<5, ADD>(a, a_row, a_depth, b, depth, c); break;
+  const int64_t left = rows - r;
+  if constexpr (R > 6) {
+    if (left == 6) product_rows<6, V, ADD>(a, a_row, a_depth, b, depth, c);
+    if (left == 7) product_rows<7, V, ADD>(a, a_row, a_depth, b, depth, c);
+  }
+  switch (left) {
+    case 1: product_rows<1, V, ADD>(a, a_row, a_depth, b, depth, c); break;
+    case 2: product_rows<2, V, ADD>(a, a_row, a_depth, b, depth, c); break;
+    case 3: product_rows<3, V, ADD>(a, a_row, a_depth, b, depth, c); break;
+    case 4: product_rows<4, V, ADD>(a, a_row, a_depth, b, depth, c); break;
+    case 5: product_rows<5, V, ADD>(a, a_row, a_depth, b, depth, c); break;
     default: break;
+  }
+}
+
+// For the vectors of a range; the others of c stay as they are.
+template <bool ADD>
+static inline void product(const float* a, int64_t a_row, int64_t a_depth, int64_t rows,
+                           const float* b, int64_t depth, float* c, Range range = EVERY) {
+  b += range.first * W;
+  c += range.first * W;
+  switch (range.end - range.first) {
+#if SL_AVX512
+    case 3: return product_vectors<3, ADD>(a, a_row, a_depth, rows, b, depth, c);
+    case 2: return product_vectors<2, ADD>(a, a_row, a_depth, rows, b, depth, c);
+#endif
+    case 1: return product_vectors<1, ADD>(a, a_row, a_depth, rows, b, depth, c);
+    default: return product_vectors<VECTORS, ADD>(a, a_row, a_depth, rows, b, depth, c);
   }
 }
 
@@ -215,18 +241,17 @@ SL_INLINE void clear(Stats& stats) {
 
 // Takes in the scores of n keys. Returns whether what was summed so far must be multiplied by
 // shrink[lane].
-static inline bool raise_tops(const float* scores, int64_t n, float factor, Stats& stats,
-                              float* shrink) {
+static inline bool raise_tops(const float* scores, int64_t n, Stats& stats, float* shrink,
+                              Range range) {
   F tops[VECTORS], grown = set1(LOWEST);
-  for (int v = 0; v < VECTORS; ++v) tops[v] = set1(-__builtin_inff());
+  for (int v = range.first; v < range.end; ++v) tops[v] = set1(-__builtin_inff());
   for (int64_t j = 0; j < n; ++j)
-    for (int v = 0; v < VECTORS; ++v) tops[v] = max(tops[v], load(scores + j * QB + v * W));
-  for (int v = 0; v < VECTORS; ++v) {
-    tops[v] = tops[v] * set1(factor);
+    for (int v = range.first; v < range.end; ++v)
+      tops[v] = max(tops[v], load(scores + j * QB + v * W));
+  for (int v = range.first; v < range.end; ++v)
     grown = max(grown, tops[v] - load(stats.top + v * W));
-  }
   if (!(largest(grown) > SLACK)) return false;
-  for (int v = 0; v < VECTORS; ++v) {
+  for (int v = range.first; v < range.end; ++v) {
     const F old = load(stats.top + v * W), top = max(old, tops[v]), alpha = power(old - top);
     store(shrink + v * W, alpha);
     store(stats.top + v * W, top);
@@ -235,9 +260,9 @@ static inline bool raise_tops(const float* scores, int64_t n, float factor, Stat
   return true;
 }
 
-static inline void shrink_rows(float* lanes, int64_t rows, const float* shrink) {
+static inline void shrink_rows(float* lanes, int64_t rows, const float* shrink, Range range) {
   for (int64_t r = 0; r < rows; ++r)
-    for (int v = 0; v < VECTORS; ++v) {
+    for (int v = range.first; v < range.end; ++v) {
       float* at = lanes + r * QB + v * W;
       store(at, load(at) * load(shrink + v * W));
     }
