@@ -18,7 +18,13 @@ from sparseloom.methods.region_candidates import (
 )
 from sparseloom.methods.region_head import Head, full_rows, segments_of, slimmed
 from sparseloom.methods.region_polish import hull
-from sparseloom.methods.region_search import SearchSettings, search, tile_values
+from sparseloom.methods.region_search import (
+    SearchSettings,
+    forced_within,
+    least_density,
+    search,
+    tile_values,
+)
 from sparseloom.methods.region_tiles import best_tiles
 from sparseloom.methods.tile_statistics import TileStatistics
 from sparseloom.regions import Mode, band, block, computed_tiles, owners, region_limit, stripe
@@ -181,6 +187,16 @@ def test_what_cannot_be_is_refused() -> None:
         SearchSettings(0)
     with pytest.raises(ValueError, match="force must hold 'diagonal'"):
         SearchSettings(force=("row",))
+
+
+def test_longer_inputs_hold_what_is_forced_in_a_smaller_budget() -> None:
+    settings = SearchSettings(0.4)
+    shares = [least_density(settings, n, is_causal=False) for n in (128, 256, 384, 512)]
+    assert shares == pytest.approx([17 / 32, 37 / 128, 57 / 288, 77 / 512])
+    assert least_density(settings, 128, is_causal=True) == pytest.approx(14 / 20)
+    with pytest.raises(ValueError, match=r"density must be at least 0\.5312 at 128 tokens"):
+        forced_within(settings, 128, is_causal=False)
+    assert len(forced_within(settings, 256, is_causal=False)) == 3
 
 
 def test_the_hull_of_two_regions() -> None:

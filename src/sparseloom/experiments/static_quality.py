@@ -26,6 +26,7 @@ from sparseloom.experiments.sentiment import classifier
 from sparseloom.experiments.study_command import run_command
 from sparseloom.integrations import describe
 from sparseloom.methods import Dense, Method, StaticSparse, TileAligned
+from sparseloom.methods.region_search import least_density
 from sparseloom.models import LoadedModel, load_model
 from sparseloom.tasks import Task, get_task
 from sparseloom.tasks.base import Batch
@@ -198,7 +199,7 @@ class _Run:
                     masked_steps=study.masked_steps,
                     calibration_steps=more,
                     entropy=study.entropy(contender.phase),
-                    lengths=_lengths(study),
+                    lengths=_lengths(study, method),
                     masked_lr=study.lr,
                     mixed_precision=self._precision(),
                     seed=study.seed,
@@ -300,11 +301,20 @@ def _task(study: Study, data: Path | None) -> Task:
     return task
 
 
-def _lengths(study: Study) -> list[int] | None:
-    """Reviews are of many lengths; the other tasks have one."""
+def _lengths(study: Study, method: StaticSparse) -> list[int] | None:
+    """Reviews are of many lengths; the other tasks have one.
+
+    A length has regions of its own where the density holds what is forced there; shorter inputs
+    run those of the next one.
+    """
     if study.task != "imdb":
         return None
-    return [n for n in (128, 256, 384) if n < study.context] + [study.context]
+    held = [
+        n
+        for n in (128, 256, 384)
+        if n < study.context and least_density(method.search, n, is_causal=False) <= method.density
+    ]
+    return [*held, study.context]
 
 
 def _tiles(method: Method, loaded: LoadedModel, length: int) -> dict[str, float]:

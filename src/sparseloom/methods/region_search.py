@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from sparseloom.methods.region_candidates import allowed_tiles, candidates, forced_regions
 from sparseloom.methods.region_head import Head, Move, full_rows
@@ -105,6 +105,36 @@ def tile_values(
     return (1.0 - share) * statistics.saliency / total + share * mass
 
 
+def least_density(settings: SearchSettings, length: int, *, is_causal: bool) -> float:
+    """Share of the allowed tiles that what is forced takes at a length, in tokens."""
+    _, covered = _forced(settings, length, is_causal=is_causal)
+    return float(covered.sum() / allowed_tiles(length, is_causal=is_causal))
+
+
+def forced_within(settings: SearchSettings, length: int, *, is_causal: bool) -> HeadRegions:
+    """The regions that every head has at a length.
+
+    Raises:
+        ValueError: the density does not hold them.
+    """
+    least = least_density(settings, length, is_causal=is_causal)
+    if least > settings.density + 1e-9:  # 0.6 · 660 is 396
+        raise ValueError(
+            f"density must be at least {least:.4f} at {length} tokens to hold what every head "
+            f"keeps ({', '.join(settings.force)}), got {settings.density}; force='diagonal' alone "
+            "needs the least, and longer inputs need less"
+        )
+    return _forced(settings, length, is_causal=is_causal)[0]
+
+
+def _forced(
+    settings: SearchSettings, length: int, *, is_causal: bool
+) -> tuple[HeadRegions, Bool[np.ndarray, "q_tiles k_tiles"]]:
+    # Under a causal mask the first row holds the first token alone.
+    force = tuple(f for f in settings.force if f != "row" or not is_causal)
+    return forced_regions(length, is_causal=is_causal, force=force)
+
+
 def search(statistics: TileStatistics, settings: SearchSettings) -> Found:
     """Regions for every layer and head, such that their work fits the budget.
 
@@ -114,16 +144,8 @@ def search(statistics: TileStatistics, settings: SearchSettings) -> Found:
     value, length = tile_values(statistics, settings), statistics.length
     causal = {"is_causal": statistics.is_causal}
     layers, heads = value.shape[:2]
-    force = tuple(f for f in settings.force if f != "row" or not statistics.is_causal)
-    forced, covered = forced_regions(length, force=force, **causal)
-    allowed = allowed_tiles(length, **causal)
-    budget = int(settings.density * (layers * heads * allowed) + 1e-6)  # 0.6 · 660 is 396
-    if layers * heads * int(covered.sum()) > budget:
-        raise ValueError(
-            f"density must be at least {covered.sum() / allowed:.4f} at {length} tokens to hold "
-            f"what every head keeps ({', '.join(force)}), got {settings.density}; force='diagonal' "
-            "alone needs the least"
-        )
+    forced = forced_within(settings, length, **causal)
+    budget = int(settings.density * (layers * heads * allowed_tiles(length, **causal)) + 1e-6)
     if settings.cover == "tiles":
         found = top_tiles(value, forced, length, budget, **causal)
     else:

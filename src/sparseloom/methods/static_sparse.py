@@ -18,8 +18,15 @@ from sparseloom.methods.attender import refuse_cache
 from sparseloom.methods.base import Attender, AttentionInputs, AttentionShape, Selector
 from sparseloom.methods.learned import Learned, MethodShape, load_weights, read_sizes
 from sparseloom.methods.prefix import drop_keys
-from sparseloom.methods.region_candidates import allowed_tiles, forced_regions
-from sparseloom.methods.region_search import FORCE, Budget, By, SearchSettings, search
+from sparseloom.methods.region_candidates import allowed_tiles
+from sparseloom.methods.region_search import (
+    FORCE,
+    Budget,
+    By,
+    SearchSettings,
+    forced_within,
+    search,
+)
 from sparseloom.methods.region_table import RegionTable
 from sparseloom.methods.settings import check_choice
 from sparseloom.methods.tile_statistics import TileStatistics
@@ -137,14 +144,8 @@ class StaticSparse(Selector, Attender, Learned):
         length, causal = shape.max_length, shape.is_causal
         if length < 1:
             raise ValueError("max_length of the model is not known: use fit instead")
-        force = tuple(f for f in self.search.force if f != "row" or not causal)
-        regions, covered = forced_regions(length, is_causal=causal, force=force)
+        regions = forced_within(self.search, length, is_causal=causal)
         most = self.density * allowed_tiles(length, is_causal=causal)
-        if covered.sum() > most:
-            raise ValueError(
-                f"density must be at least {covered.sum() / most * self.density:.4f} at {length} "
-                f"tokens to hold what every head keeps ({', '.join(force)}), got {self.density}"
-            )
         for width in range(16, 2 * length + 32, 16):
             wider = (*regions[1:], band(-(width // 32) * 16, width, causal=causal))
             if computed_tiles(wider, length, length) > most:

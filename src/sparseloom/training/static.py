@@ -20,6 +20,7 @@ from sparseloom.integrations import describe, sparsify
 from sparseloom.mask import SparseMask
 from sparseloom.methods import Dense, StaticSparse
 from sparseloom.methods.base import AttentionInputs
+from sparseloom.methods.region_search import forced_within
 from sparseloom.methods.tile_statistics import TileStatistics
 from sparseloom.models.modes import frozen
 from sparseloom.regions import TILE_KEYS, TILE_QUERIES
@@ -83,6 +84,7 @@ def adapt_static(
     for name, steps in {"entropy_steps": entropy_steps, "masked_steps": masked_steps}.items():
         if steps < 0:
             raise ValueError(f"{name} must be 0 or more, got {steps}")
+    _check_budget(model, method, lengths)
     plan = replace(entropy or EntropySettings(), density=method.density)
     folder = None if out is None else Path(out)
     source = repeat(batches)
@@ -141,8 +143,16 @@ def select_regions(
     Raises:
         ValueError: no batches, a budget that does not hold what is forced, or no default objective.
     """
+    _check_budget(model, method, lengths)
     found = tile_statistics(model, batches, lengths=lengths, objective=objective)
     return method.chosen(found)
+
+
+def _check_budget(model: nn.Module, method: StaticSparse, lengths: Sequence[int] | None) -> None:
+    """Refuse before anything runs what the search would refuse after calibration."""
+    causal = describe(model).is_causal
+    for length in lengths or ():
+        forced_within(method.search, length, is_causal=causal)
 
 
 def tile_statistics(
