@@ -221,3 +221,45 @@ def test_a_study_is_run_stored_and_read(tmp_path: Path) -> None:
     elsewhere = Table("paper", "table", lambda rows: rows, studies[1:])
     with pytest.raises(ValueError, match="another command writes"):
         make(elsewhere, run=True, results=tmp_path)
+
+
+def test_a_study_of_a_card_is_run_on_a_card_alone(tmp_path: Path) -> None:
+    def run(request: Request) -> list[dict[str, Any]]:
+        return [{"record": "made", "name": request.device}]
+
+    studies = (Study("cpu.json", run), Study("gpu.json", run, optional=True, device="cuda"))
+    table = Table("paper", "table", lambda rows: rows, studies)
+    assert make(table, run=True, results=tmp_path) == [{"record": "made", "name": "cpu"}]
+    assert not (tmp_path / "gpu.json").exists()
+    on_card = Request(device="cuda")
+    both = make(table, run=True, request=on_card, results=tmp_path)
+    assert [row["name"] for row in both] == ["cpu", "cuda"]
+    plain = Table("paper", "table", lambda rows: rows, studies[:1])
+    with pytest.raises(ValueError, match="paper table has no run on cuda"):
+        make(plain, run=True, request=on_card, results=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["table3", "fig11", "break-even", "table4", "fig12", "fig13"])
+def test_rows_of_a_card_stand_beside_those_of_the_cpu(name: str) -> None:
+    (table,) = find_tables("dynamic", name)
+    assert {study.device for study in table.studies} == {"cpu", "cuda"}
+    stored_file = RESULTS / table.studies[0].file
+    cpu = [row.model_dump(exclude_unset=True) for row in read_results(stored_file).rows]
+    # As a card four times as fast would have it, in FP16 where the CPU has bfloat16.
+    card = [
+        row
+        | {"hardware": "a card", "device": "cuda", "ms": row["ms"] / 4}
+        | ({"dtype": "float16"} if row["dtype"] == "bfloat16" else {})
+        for row in cpu
+    ]
+    rows, alone = table.function([*cpu, *card]), table.function(cpu)
+    assert rows[: len(alone)] == alone
+    on_card = rows[len(alone) :]
+    assert len(on_card) == len(alone)
+    for ours, theirs in zip(alone, on_card, strict=True):
+        assert theirs["quantity"] == ours["quantity"].replace("bfloat16", "float16") + ", on a card"
+        assert theirs["published"] == ours["published"]
+        assert theirs["ours"] == pytest.approx(ours["ours"])
+        assert any("a card" in line for line in theirs["assumptions"])
+    if table.pictures is not None:
+        assert len(table.pictures([*cpu, *card])) == len(table.pictures(cpu))

@@ -25,6 +25,10 @@ def reproduce(
     size: Annotated[
         str, typer.Option("--size", help="With --run: small (two CPU cores) or paper (a GPU).")
     ] = "small",
+    device: Annotated[
+        str,
+        typer.Option("--device", help="With --run: cpu or cuda, where the study has a run on it."),
+    ] = "cpu",
     data: Data = None,
     stored: Annotated[
         Path, typer.Option("--results", help="Folder that holds the stored runs.")
@@ -42,6 +46,7 @@ def reproduce(
     Without a table, those whose stored runs are not there are left out, and named.
     """
     from sparseloom.experiments.reproduce import (
+        DEVICES,
         SIZES,
         Request,
         find_tables,
@@ -53,7 +58,11 @@ def reproduce(
 
     if size not in SIZES:
         raise ValueError(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
+    if device not in DEVICES:
+        raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {device!r}")
     chosen = find_tables(paper, table)
+    if run and device != "cpu" and table is None:
+        chosen = [one for one in chosen if any(s.device == device for s in one.studies)]
     if paper is None:
         rows = [
             {"record": "table", "name": f"{one.paper} {one.name}", "title": one.title}
@@ -63,7 +72,9 @@ def reproduce(
         emit(found, as_json=as_json, columns=[("table", value("name")), ("", value("title"))])
         return
     progress = progress_console()
-    request = Request(size=cast("Any", size), data=data, step=progress.print)
+    request = Request(
+        size=cast("Any", size), data=data, step=progress.print, device=cast("Any", device)
+    )
     rows: list[Row] = []
     for one in chosen:
         absent = [] if run else missing_files(one, stored)

@@ -24,10 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from sparseloom.experiments.attention_time import attend
+from sparseloom.experiments.bench_cases import DTYPES
 from sparseloom.experiments.bench_memory import memory_of_call
 from sparseloom.experiments.compare import capture
+from sparseloom.experiments.on_device import Device, timed
 from sparseloom.experiments.parts import kept_part
-from sparseloom.experiments.timing import Timing, interleave
+from sparseloom.experiments.timing import Timing
 from sparseloom.experiments.unfused_time import keep_freed_memory
 from sparseloom.integrations import method_shape, sparsify
 from sparseloom.methods import AttentionInputs, Dense, DynamicSparse, Learned, parse_method
@@ -39,7 +41,6 @@ from sparseloom.training import adapt
 
 Row = dict[str, Any]
 SDPA, EAGER = "dense, SDPA", "dense, unfused"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # σ and INT8 as on the V100; the widths of the others are their authors' usual ones.
 METHODS = {
     f"DSA-{round(100 * sparsity)}, {name}": f"dynamic:sparsity={sparsity},block_size={block},"
@@ -62,10 +63,16 @@ class Plan:
     layers: int = 4
     repeats: int = 7
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    device: Device = "cpu"
 
 
 SMALL = Plan(batch=2, repeats=5)
 PAPER = Plan()
+
+
+def on_card(plan: Plan) -> Plan:
+    """The same on the current CUDA device, in half precision as on the V100."""
+    return dataclasses.replace(plan, device="cuda", dtypes=("float16", "bfloat16"))
 
 
 def run_study(
@@ -83,9 +90,8 @@ def run_study(
         settings = [dataclasses.asdict(plan), list(METHODS.items()), seed]
         timed = kept_part(out / f"{name}.json", settings, partial(time_all, plan, name, seed))
         step(f"memory in {name}")
-        peaks = kept_part(
-            out / f"{name}-memory.json", settings, partial(_peaks_elsewhere, plan, name, seed)
-        )
+        measure = _peaks_elsewhere if plan.device == "cpu" else peak_all
+        peaks = kept_part(out / f"{name}-memory.json", settings, partial(measure, plan, name, seed))
         for row in timed:
             peak = peaks[row["op"]].get(row["contender"])
             rows.append(row if peak is None else row | {"peak_bytes": peak})
@@ -96,7 +102,10 @@ def time_all(plan: Plan, dtype: str, seed: int) -> list[Row]:
     """Interleaved times of attention and of the model in one precision."""
     setup = Setup.make(plan, dtype, seed)
     with torch.inference_mode():
-        times = {op: interleave(runs, repeats=plan.repeats) for op, runs in setup.runs().items()}
+        times = {
+            op: timed(runs, device=plan.device, repeats=plan.repeats)
+            for op, runs in setup.runs().items()
+        }
     return [
         _row(plan, setup, op, name, dtype, found) for op, found in times.items() for name in found
     ]
@@ -111,10 +120,18 @@ def peak_all(plan: Plan, dtype: str, seed: int) -> dict[str, dict[str, int]]:
             found[op] = {}
             for name, run in runs.items():
                 run()
-                peak = memory_of_call(run)
+                peak = _peak(run, plan.device)
                 if peak is not None:
                     found[op][name] = peak
     return found
+
+
+def _peak(run: Callable[[], object], device: Device) -> int | None:
+    if device == "cpu":
+        return memory_of_call(run)
+    from sparseloom.experiments.gpu.memory import call_with_peak
+
+    return call_with_peak(run).total
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,8 +153,11 @@ class Setup:
         methods = {
             name: _ready(parse_method(text), model, tokens) for name, text in METHODS.items()
         }
-        cast("nn.Module", model).to(DTYPES[dtype])
-        return cls(model, {"input_ids": tokens}, methods)
+        cast("nn.Module", model).to(plan.device, DTYPES[dtype])
+        for method in methods.values():
+            if isinstance(method, Learned) and method.module is not None:
+                method.module.to(plan.device)
+        return cls(model, {"input_ids": tokens.to(plan.device)}, methods)
 
     def runs(self) -> dict[str, dict[str, Callable[[], object]]]:
         """By op and contender: attention of all layers on recorded inputs, and the whole model."""
@@ -213,6 +233,7 @@ def _row(plan: Plan, setup: Setup, op: str, name: str, dtype: str, times: dict[s
         "block_size": None if dynamic is None else list(dynamic.block_size),
         "sparsity": 0.0 if dynamic is None else dynamic.sparsity,
         "dtype": dtype,
+        "device": plan.device,
         "causal": False,
         "ms": times[name].ms,
         "spread": times[name].spread,

@@ -18,9 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sparseloom.experiments.bench_cases import DTYPES
 from sparseloom.experiments.bench_masks import random_mask
+from sparseloom.experiments.on_device import Device, timed
 from sparseloom.experiments.parts import kept_part
-from sparseloom.experiments.timing import Timing, interleave
+from sparseloom.experiments.timing import Timing
 from sparseloom.kernels import sddmm, sparse_softmax, spmm
 from sparseloom.mask import SparseMask
 
@@ -55,6 +57,8 @@ class Plan:
         curve: of figure 11, over `sparsities`.
         share: of the three dense steps on their own.
         repeats: measured rounds.
+        dtypes: of the dense steps; the first is the baseline.  Ours are in fp32.
+        device: where.
     """
 
     shape: Shape = Shape()
@@ -63,10 +67,17 @@ class Plan:
     table_sparsity: float = 0.9
     sparsities: tuple[float, ...] = SPARSITIES
     repeats: int = 7
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    device: Device = "cpu"
 
 
 SMALL = Plan(curve=Shape(batch=4))
 PAPER = Plan()
+
+
+def on_card(plan: Plan) -> Plan:
+    """The same on the current CUDA device, beside dense steps in FP16 as on the V100, too."""
+    return replace(plan, device="cuda", dtypes=("float32", "float16", "bfloat16"))
 
 
 def run_study(
@@ -81,17 +92,17 @@ def run_study(
     rows: list[Row] = []
     for label, name, shape, sparsities in runs:
         step(f"{label}: {name}, batch {shape.batch}, sparsity {', '.join(map(str, sparsities))}")
-        settings = [asdict(shape), sparsities, plan.repeats, seed]
+        settings = [asdict(shape), sparsities, plan.repeats, seed, plan.dtypes, plan.device]
         rows += kept_part(
             out / f"{label}-{name}.json",
             settings,
-            partial(time_step, name, shape, sparsities, plan.repeats, seed, label),
+            partial(time_step, name, shape, sparsities, plan, seed, label),
         )
     step(f"dense attention in three steps, {plan.share.length} tokens")
     rows += kept_part(
         out / "share.json",
-        [asdict(plan.share), plan.repeats, seed],
-        partial(time_dense_steps, plan.share, plan.repeats, seed),
+        [asdict(plan.share), plan.repeats, seed, plan.device],
+        partial(time_dense_steps, plan, seed),
     )
     return rows
 
@@ -110,45 +121,45 @@ def keep_freed_memory() -> None:
 
 
 def time_step(
-    name: Step, shape: Shape, sparsities: Sequence[float], repeats: int, seed: int, label: str
+    name: Step, shape: Shape, sparsities: Sequence[float], plan: Plan, seed: int, label: str
 ) -> list[Row]:
-    """One step under every block and sparsity, beside the dense step in fp32 and bf16."""
-    tensors = _Tensors.draw(shape, seed)
+    """One step under every block and sparsity, beside the dense step in the plan's dtypes."""
+    tensors = _Tensors.draw(shape, seed, plan.device)
     runs: dict[str, Callable[[], object]] = {
-        f"dense {kind}": tensors.dense(name, dtype) for kind, dtype in _DTYPES.items()
+        f"dense {kind}": tensors.dense(name, DTYPES[kind]) for kind in plan.dtypes
     }
     about: dict[str, tuple[Block | None, float]] = dict.fromkeys(runs, (None, 0.0))
     for sparsity in sparsities:
         for block in BLOCKS:
             mask = random_mask(
                 shape.length, shape.length, heads=tensors.query.shape[1], block_size=block,
-                sparsity=sparsity, is_causal=False, seed=seed,
+                sparsity=sparsity, is_causal=False, seed=seed, device=plan.device,
             )  # fmt: skip
             key = f"{block[0]}x{block[1]} {sparsity}"
             runs[key] = tensors.sparse(name, mask)
             about[key] = (block, sparsity)
     with torch.inference_mode():
-        times = interleave(runs, repeats=repeats)
+        times = timed(runs, device=plan.device, repeats=plan.repeats)
     base = times["dense float32"]
     return [
         _row(name, label, shape, contender, block, sparsity, times[contender], base)
+        | {"device": plan.device}
         for contender, (block, sparsity) in about.items()
     ]
 
 
-def time_dense_steps(shape: Shape, repeats: int, seed: int) -> list[Row]:
+def time_dense_steps(plan: Plan, seed: int) -> list[Row]:
     """The three dense steps in fp32 on their own, for the share of the softmax."""
-    tensors = _Tensors.draw(shape, seed)
+    shape = plan.share
+    tensors = _Tensors.draw(shape, seed, plan.device)
     runs = {name: tensors.dense(name, torch.float32) for name in STEPS}
     with torch.inference_mode():
-        times = interleave(runs, repeats=repeats)
+        times = timed(runs, device=plan.device, repeats=plan.repeats)
     return [
         _row(name, "share", shape, "dense float32", None, 0.0, times[name], times[name])
+        | {"device": plan.device}
         for name in STEPS
     ]
-
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,23 +171,23 @@ class _Tensors:
     value: Tensor
 
     @classmethod
-    def draw(cls, shape: Shape, seed: int) -> _Tensors:
-        generator = torch.Generator().manual_seed(seed)
+    def draw(cls, shape: Shape, seed: int, device: Device = "cpu") -> _Tensors:
+        generator = torch.Generator(device).manual_seed(seed)
         size = (1, shape.batch * shape.heads, shape.length, shape.head_dim)
-        return cls(*(torch.randn(size, generator=generator) for _ in range(3)))
+        return cls(*(torch.randn(size, generator=generator, device=device) for _ in range(3)))
 
     def dense(self, name: Step, dtype: torch.dtype) -> Callable[[], object]:
         """The dense step, written into memory that has been touched before."""
         length, width = self.query.shape[2:]
         if name == "softmax":
-            scores = torch.zeros(*self.query.shape[:2], length, length, dtype=dtype)
+            scores = self.query.new_zeros(*self.query.shape[:2], length, length, dtype=dtype)
             probs = torch.zeros_like(scores)
             return lambda: torch.softmax(scores, -1, out=probs)
         if name == "sddmm":
             q, k = (self.query * width**-0.5).to(dtype), self.key.to(dtype)
-            out = torch.zeros(*q.shape[:2], length, length, dtype=dtype)
+            out = q.new_zeros(*q.shape[:2], length, length)
             return lambda: torch.matmul(q, k.mT, out=out)
-        probs = torch.zeros(*self.query.shape[:2], length, length, dtype=dtype)
+        probs = self.query.new_zeros(*self.query.shape[:2], length, length, dtype=dtype)
         value = self.value.to(dtype)
         out = torch.zeros_like(value)
         return lambda: torch.matmul(probs, value, out=out)
@@ -185,7 +196,7 @@ class _Tensors:
         """The step on the kept blocks, in fp32."""
         if name == "sddmm":
             return lambda: sddmm(self.query, self.key, mask)
-        values = torch.zeros(mask.nnz, *mask.block_size)
+        values = self.value.new_zeros(mask.nnz, *mask.block_size)
         if name == "softmax":
             return lambda: sparse_softmax(values, mask)
         return lambda: spmm(values, mask, self.value)

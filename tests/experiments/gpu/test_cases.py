@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparseloom.errors import SparseloomError
+from sparseloom.experiments import end_to_end, unfused_time
 from sparseloom.experiments.calibrate import Measured, check, fit
 from sparseloom.experiments.gpu import card
 from sparseloom.experiments.gpu.bench import bench_cuda
@@ -16,6 +17,7 @@ from sparseloom.experiments.gpu.calibrate import (
     calibration_cases,
 )
 from sparseloom.experiments.gpu.cases import gpu_cases
+from sparseloom.experiments.on_device import hardware, timed
 from sparseloom.methods import costs
 
 no_card = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -100,3 +102,21 @@ def test_a_table_of_a_card_is_fitted_to_what_was_measured() -> None:
     assert long["ratio"] == pytest.approx(0.4 + 0.1 / long["dense_ms"])
     assert set(table.dense) == {"bfloat16", "float16"}
     assert set(table.select) == {"64x1"}
+
+
+def test_studies_run_where_they_are_told() -> None:
+    assert set(timed({"one": lambda: None}, device="cpu", repeats=1)) == {"one"}
+    assert hardware("cpu").endswith("threads")
+    for plan in (unfused_time.on_card(unfused_time.PAPER), end_to_end.on_card(end_to_end.PAPER)):
+        assert plan.device == "cuda"
+        assert "float16" in plan.dtypes  # as on the V100
+        assert plan.repeats == 7
+    assert unfused_time.on_card(unfused_time.PAPER).shape == unfused_time.Shape(16, 4, 2000, 64)
+    paper = end_to_end.on_card(end_to_end.PAPER)
+    assert (paper.batch, paper.length, paper.layers) == (16, 2000, 4)
+
+
+@no_card
+def test_studies_of_a_card_refuse_to_run_elsewhere() -> None:
+    with pytest.raises(SparseloomError, match="needs a CUDA device"):
+        timed({"one": lambda: None}, device="cuda", repeats=1)

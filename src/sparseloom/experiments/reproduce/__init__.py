@@ -50,6 +50,8 @@ PARTS = {
 Row = dict[str, Any]
 Size = Literal["small", "paper"]
 SIZES: tuple[Size, ...] = ("small", "paper")
+Device = Literal["cpu", "cuda"]
+DEVICES: tuple[Device, ...] = ("cpu", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,14 @@ class Request:
         data: folder of the data sets; None = SPARSELOOM_DATA.
         out: folder for what an interrupted run needs to go on.
         step: told what comes next.
+        device: studies of this device are run; those of others stay as they are stored.
     """
 
     size: Size = "small"
     data: Path | None = None
     out: Path = Path("out/reproduce")
     step: Callable[[str], None] = lambda _: None
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +82,14 @@ class Study:
         run: runs it; None where it is no part of `--run`, and `command` says how.
         command: what else writes the file.
         optional: the table has rows without it, too.
+        device: what it runs on.
     """
 
     file: str
     run: Callable[[Request], list[Row]] | None = None
     command: str = ""
     optional: bool = False
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +212,10 @@ def _run(table: Table, request: Request, results: Path, command: str | None) -> 
             f"{table.paper} {table.name} is not run from here: "
             f"{table.studies[0].command} writes {table.studies[0].file}"
         )
-    for study in table.studies:
+    chosen = [one for one in table.studies if one.run and one.device == request.device]
+    if request.device != "cpu" and not chosen:
+        raise ValueError(f"{table.paper} {table.name} has no run on {request.device}")
+    for study in chosen:
         if study.run is not None:
             request.step(f"{table.name}: {study.file}")
             write_results(results / study.file, study.run(request), command=command)

@@ -45,6 +45,8 @@ TABLES: dict[str, Callable[..., list[Row]]] = {
     "fig13": dynamic_latency.fig13,
 }
 QUALITY = (*dynamic_quality.LRA, dynamic_quality.SENTIMENT)
+KERNELS = (dynamic_kernels.STUDY, dynamic_kernels.STUDY_ON_CARD)
+LATENCY = (dynamic_latency.STUDY, dynamic_latency.STUDY_ON_CARD)
 STUDIES: dict[str, tuple[Study, ...]] = {
     "table1": (dynamic_thresholds.STUDY,),
     "table2": QUALITY,
@@ -53,13 +55,13 @@ STUDIES: dict[str, tuple[Study, ...]] = {
     "fig6": QUALITY,
     "rank": (dynamic_rank.STUDY,),
     "fine-tuning": dynamic_quality.LRA,
-    "table3": (dynamic_kernels.STUDY,),
-    "fig11": (dynamic_kernels.STUDY,),
-    "break-even": (dynamic_kernels.STUDY,),
-    "table4": (dynamic_latency.STUDY,),
+    "table3": KERNELS,
+    "fig11": KERNELS,
+    "break-even": KERNELS,
+    "table4": LATENCY,
     "accuracy-change": QUALITY,
-    "fig12": (dynamic_latency.STUDY,),
-    "fig13": (dynamic_latency.STUDY,),
+    "fig12": LATENCY,
+    "fig13": LATENCY,
 }
 
 

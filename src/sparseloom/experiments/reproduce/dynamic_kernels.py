@@ -29,19 +29,22 @@ _BREAK_EVEN = (
 
 def table3(study: Sequence[Row]) -> list[Row]:
     """Table 3: SpMM and SDDMM at 90 % sparsity over the dense product, on this machine."""
-    timed = [one for one in study if one.get("part") == "table3"]
-    where = _where(timed)
+    return [one for part in by_machine(study, "table3") for one in _table3(part)]
+
+
+def _table3(timed: Sequence[Row]) -> list[Row]:
+    where, on = _where(timed), on_card(timed[0])
     rows: list[Row] = []
     for op, gains in TABLE_3.items():
         for block, published in gains.items():
-            for dtype in ("float32", "bfloat16"):
+            for dtype in _dtypes(timed, op):
                 one = _of(timed, op, block, 0.9)
                 dense = _dense(timed, op, dtype)
                 rows.append(
                     row(
                         PAPER,
                         "table3",
-                        f"{_NAMES[op]}, {BLOCK_NAMES[block]}, over a dense product in {dtype}",
+                        f"{_NAMES[op]}, {BLOCK_NAMES[block]}, over a dense product in {dtype}{on}",
                         published,
                         dense["ms"] / one["ms"],
                         basis="scenario",
@@ -54,8 +57,11 @@ def table3(study: Sequence[Row]) -> list[Row]:
 
 def fig11(study: Sequence[Row]) -> list[Row]:
     """Figure 11: softmax over the range of sparsity against a dense softmax, on this machine."""
-    timed = [one for one in study if one.get("part") == "fig11"]
-    where = _where(timed)
+    return [one for part in by_machine(study, "fig11") for one in _fig11(part)]
+
+
+def _fig11(timed: Sequence[Row]) -> list[Row]:
+    where, on = _where(timed), on_card(timed[0])
     rows: list[Row] = []
     for block in BLOCK_NAMES:
         for sparsity in _sparsities(timed):
@@ -64,7 +70,7 @@ def fig11(study: Sequence[Row]) -> list[Row]:
                 row(
                     PAPER,
                     "fig11",
-                    f"softmax, {BLOCK_NAMES[block]}, {sparsity:.1%} sparse",
+                    f"softmax, {BLOCK_NAMES[block]}, {sparsity:.1%} sparse{on}",
                     "3.0–709.9 over the range",
                     one["speedup"],
                     basis="scenario",
@@ -81,7 +87,7 @@ def fig11(study: Sequence[Row]) -> list[Row]:
             row(
                 PAPER,
                 "fig11",
-                f"softmax, {name} gain of the range",
+                f"softmax, {name} gain of the range{on}",
                 published,
                 ours,
                 basis="scenario",
@@ -93,8 +99,13 @@ def fig11(study: Sequence[Row]) -> list[Row]:
 
 def break_even(study: Sequence[Row]) -> list[Row]:
     """Section 5: from which sparsity on SDDMM and SpMM pay; the softmax's share of dense time."""
-    timed = [one for one in study if one.get("part") == "fig11"]
-    where = _where(timed)
+    shares = by_machine(study, "share")
+    parts = zip(by_machine(study, "fig11"), shares, strict=True)
+    return [one for timed, share in parts for one in _break_even(timed, share)]
+
+
+def _break_even(timed: Sequence[Row], share: Sequence[Row]) -> list[Row]:
+    where, on = _where(timed), on_card(timed[0])
     rows: list[Row] = []
     for op, published in (("sddmm", 0.90), ("spmm", 0.71)):
         for block in BLOCK_NAMES:
@@ -105,7 +116,7 @@ def break_even(study: Sequence[Row]) -> list[Row]:
                 row(
                     PAPER,
                     "break-even",
-                    f"{_NAMES[op]}, {BLOCK_NAMES[block]}: sparsity from which it pays",
+                    f"{_NAMES[op]}, {BLOCK_NAMES[block]}: sparsity from which it pays{on}",
                     published if block == (1, 1) else "printed for fine-grained alone",
                     high if found is None else found,
                     basis="scenario",
@@ -117,12 +128,12 @@ def break_even(study: Sequence[Row]) -> list[Row]:
                     else None,
                 )
             )
-    steps = {one["op"]: one["ms"] for one in study if one.get("part") == "share"}
+    steps = {one["op"]: one["ms"] for one in share}
     rows.append(
         row(
             PAPER,
             "break-even",
-            "softmax, share of dense attention in three steps",
+            f"softmax, share of dense attention in three steps{on}",
             0.47,
             steps["softmax"] / sum(steps.values()),
             basis="scenario",
@@ -154,19 +165,19 @@ def gain_picture(study: Sequence[Row]) -> list[Section]:
     from sparseloom.report.bar_figures import lines
     from sparseloom.report.html import Section
 
-    timed = [one for one in study if one.get("part") == "fig11"]
     figures = tuple(
         lines(
             {
                 name: [(x, _of(timed, op, block, x)["speedup"]) for x in _sparsities(timed)]
                 for block, name in BLOCK_NAMES.items()
             },
-            x_title=f"share dropped, {_NAMES[op]}",
+            x_title=f"share dropped, {_NAMES[op]}{on_card(timed[0])}",
             y_title="times as fast as dense fp32",
             log_y=True,
             percent_x=True,
             rule=(1.0, "dense"),
         )
+        for timed in by_machine(study, "fig11")
         for op in ("softmax", "sddmm", "spmm")
     )
     text = "One step of sparse attention over the same step dense; interleaved rounds, medians."
@@ -175,21 +186,32 @@ def gain_picture(study: Sequence[Row]) -> list[Section]:
 
 def _run(request: Request) -> list[Row]:
     from sparseloom.experiments import unfused_time
+    from sparseloom.experiments.on_device import hardware
 
     plan = unfused_time.SMALL if request.size == "small" else unfused_time.PAPER
-    found = unfused_time.run_study(plan, request.out / "unfused" / request.size, step=request.step)
-    return [{**one, "hardware": hardware()} for one in found]
+    if request.device == "cuda":
+        plan = unfused_time.on_card(plan)
+    out = request.out / "unfused" / request.size / request.device
+    found = unfused_time.run_study(plan, out, step=request.step)
+    return [{**one, "hardware": hardware(request.device)} for one in found]
 
 
 STUDY = Study("dynamic_kernels.json", _run)
+STUDY_ON_CARD = Study("dynamic_kernels_gpu.json", _run, optional=True, device="cuda")
 
 
-def hardware() -> str:
-    """This machine, for the stored rows."""
-    from sparseloom.results import machine_facts
+def by_machine(study: Sequence[Row], part: str | None = None) -> list[list[Row]]:
+    """Rows of a part of the study, those of each machine apart, in the order of the files."""
+    found: dict[str, list[Row]] = {}
+    for one in study:
+        if part in (None, one.get("part")):
+            found.setdefault(one.get("hardware", ""), []).append(one)
+    return list(found.values())
 
-    facts = machine_facts()
-    return f"{facts.gpu or facts.cpu}, {facts.threads} threads"
+
+def on_card(one: Row) -> str:
+    """What tells the quantities of a card from those of the CPU."""
+    return f", on {one['hardware']}" if one.get("device", "cpu") == "cuda" else ""
 
 
 def _where(timed: Sequence[Row]) -> str:
@@ -223,3 +245,8 @@ def _dense(timed: Sequence[Row], op: str, dtype: str) -> dict[str, Any]:
         if one["op"] == op and not one["block_size"] and one["dtype"] == dtype:
             return one
     raise ValueError(f"stored rows hold no dense {op} in {dtype}")
+
+
+def _dtypes(timed: Sequence[Row], op: str) -> list[str]:
+    """Dtypes of the dense step, in the order they were timed in."""
+    return [one["dtype"] for one in timed if one["op"] == op and not one["block_size"]]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sparseloom.experiments.reproduce import Request, Study
-from sparseloom.experiments.reproduce.dynamic_kernels import hardware
+from sparseloom.experiments.reproduce.dynamic_kernels import by_machine, on_card
 from sparseloom.experiments.reproduce.rows import Row, row
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ _BASELINE = "what the published dense attention ran on is not printed: ours besi
 def table4(study: Sequence[Row]) -> list[Row]:
     """Table 4: attention and the whole model at 95 %, prediction and selection included."""
     rows: list[Row] = []
-    for dtype in _dtypes(study):
-        timed = [one for one in study if one["dtype"] == dtype]
+    for dtype, timed in _runs(study):
         for name, published in TABLE_4.items():
             for op, speedup in zip(("attention", "model"), published, strict=True):
                 ours = _of(timed, op, name)
@@ -45,7 +44,7 @@ def table4(study: Sequence[Row]) -> list[Row]:
                         row(
                             PAPER,
                             "table4",
-                            f"{op}, {name}, over {base}, {dtype}",
+                            f"{op}, {name}, over {base}, {dtype}{on_card(dense)}",
                             speedup,
                             dense["ms"] / ours["ms"],
                             basis="scenario",
@@ -59,8 +58,7 @@ def table4(study: Sequence[Row]) -> list[Row]:
 def fig12(study: Sequence[Row]) -> list[Row]:
     """Figure 12: latency against dense, Performer, Reformer and Linformer."""
     rows: list[Row] = []
-    for dtype in _dtypes(study):
-        timed = [one for one in study if one["dtype"] == dtype]
+    for dtype, timed in _runs(study):
         for op in ("attention", "model"):
             dense = _of(timed, op, SDPA)
             for one in timed:
@@ -70,7 +68,8 @@ def fig12(study: Sequence[Row]) -> list[Row]:
                     row(
                         PAPER,
                         "fig12",
-                        f"{op}, {one['contender']}: times as fast as {SDPA}, {dtype}",
+                        f"{op}, {one['contender']}: times as fast as {SDPA}, {dtype}"
+                        f"{on_card(dense)}",
                         _STATEMENTS.get(one["contender"], _BAR),
                         dense["ms"] / one["ms"],
                         basis="scenario",
@@ -84,13 +83,9 @@ def fig12(study: Sequence[Row]) -> list[Row]:
 def fig13(study: Sequence[Row]) -> list[Row]:
     """Figure 13: peak memory against dense attention in three steps."""
     rows: list[Row] = []
-    for dtype in _dtypes(study):
+    for dtype, run in _runs(study):
         for op in ("attention", "model"):
-            timed = [
-                one
-                for one in study
-                if (one["dtype"], one["op"]) == (dtype, op) and one.get("peak_bytes") is not None
-            ]
+            timed = [one for one in run if one["op"] == op and one.get("peak_bytes") is not None]
             if not timed:
                 continue
             eager = _of(timed, op, EAGER)
@@ -98,7 +93,7 @@ def fig13(study: Sequence[Row]) -> list[Row]:
                 row(
                     PAPER,
                     "fig13",
-                    f"{op}, {one['contender']}: peak over that of {EAGER}, {dtype}",
+                    f"{op}, {one['contender']}: peak over that of {EAGER}, {dtype}{on_card(one)}",
                     _BAR,
                     one["peak_bytes"] / eager["peak_bytes"],
                     basis="scenario",
@@ -119,16 +114,12 @@ def latency_picture(study: Sequence[Row]) -> list[Section]:
     figures = tuple(
         bars(
             {
-                op: {
-                    one["contender"]: one["ms"]
-                    for one in study
-                    if one["op"] == op and one["dtype"] == dtype
-                }
+                op: {one["contender"]: one["ms"] for one in run if one["op"] == op}
                 for op in ("attention", "model")
             },
-            title=f"ms, {dtype}",
+            title=f"ms, {dtype}{on_card(run[0])}",
         )
-        for dtype in _dtypes(study)
+        for dtype, run in _runs(study)
     )
     text = "Medians of interleaved rounds on this machine; prediction and selection included."
     return [Section("Time of one forward pass", text, figures)]
@@ -140,12 +131,12 @@ def memory_picture(study: Sequence[Row]) -> list[Section]:
     from sparseloom.report.html import Section
 
     peaks = {
-        f"{op}, {dtype}": {
+        f"{op}, {dtype}{on_card(run[0])}": {
             one["contender"]: one["peak_bytes"] / 2**20
-            for one in study
-            if (one["dtype"], one["op"]) == (dtype, op) and one.get("peak_bytes") is not None
+            for one in run
+            if one["op"] == op and one.get("peak_bytes") is not None
         }
-        for dtype in _dtypes(study)
+        for dtype, run in _runs(study)
         for op in ("attention", "model")
     }
     text = "Physical memory of one pass above weights and inputs."
@@ -154,17 +145,27 @@ def memory_picture(study: Sequence[Row]) -> list[Section]:
 
 def _run(request: Request) -> list[Row]:
     from sparseloom.experiments import end_to_end
+    from sparseloom.experiments.on_device import hardware
 
     plan = end_to_end.SMALL if request.size == "small" else end_to_end.PAPER
-    found = end_to_end.run_study(plan, request.out / "end_to_end" / request.size, step=request.step)
-    return [{**one, "hardware": hardware()} for one in found]
+    if request.device == "cuda":
+        plan = end_to_end.on_card(plan)
+    out = request.out / "end_to_end" / request.size / request.device
+    found = end_to_end.run_study(plan, out, step=request.step)
+    return [{**one, "hardware": hardware(request.device)} for one in found]
 
 
 STUDY = Study("dynamic_end_to_end.json", _run)
+STUDY_ON_CARD = Study("dynamic_end_to_end_gpu.json", _run, optional=True, device="cuda")
 
 
-def _dtypes(study: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(one["dtype"] for one in study))
+def _runs(study: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Each dtype on each machine, with its rows."""
+    return [
+        (dtype, [one for one in timed if one["dtype"] == dtype])
+        for timed in by_machine(study)
+        for dtype in dict.fromkeys(one["dtype"] for one in timed)
+    ]
 
 
 def _where(timed: Sequence[Row]) -> str:
