@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparseloom.cli.gpu_kernels import show_gpu_kernels
 from sparseloom.cli.options import Json, command_line
 from sparseloom.cli.output import Column, emit, value
 
@@ -13,8 +15,29 @@ if TYPE_CHECKING:
     from sparseloom.results import ResultsFile
 
 
-def info(as_json: Json = False) -> None:
+def info(
+    gpu_kernels: Annotated[
+        bool,
+        typer.Option(
+            "--gpu-kernels",
+            help="Instead: compile the Triton kernels, for cards that need not be there (minutes).",
+        ),
+    ] = False,
+    arch: Annotated[
+        list[int] | None,
+        typer.Option("--arch", help="With --gpu-kernels: 80 or 90; may be repeated; default: 90."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="With --gpu-kernels: also write them to this file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Versions, CPU features, the backends available and why others are not, names that exist."""
+    if gpu_kernels:
+        show_gpu_kernels(arch or [90], as_json=as_json, out=out)
+        return
+    if arch or out:
+        raise ValueError("--arch and --out belong to --gpu-kernels")
     from sparseloom import hardware
     from sparseloom.kernels import available_backends
     from sparseloom.methods import method_names
