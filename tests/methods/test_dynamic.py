@@ -235,6 +235,11 @@ def test_thresholds_keep_the_wanted_share() -> None:
         level = torch.tensor(tuned.thresholds[call.layer])[:, None, None]
         best = torch.nn.functional.one_hot(scores.argmax(-1), LENGTH).bool()
         assert torch.equal(tuned.select(call).to_bool(), (scores >= level) | best)
+    elsewhere = dataclasses.replace(tuned, sparsity=0.5)
+    with pytest.raises(ValueError, match=r"sparsity must be 0\.8, at which the thresholds were"):
+        elsewhere.select(calls[0])
+    anew = calibrate_thresholds(elsewhere, calls)
+    assert sum(anew.select(call).density() for call in calls) / len(calls) >= 0.5
     balanced = dataclasses.replace(method, selection="balanced")
     balanced = calibrate_thresholds(balanced, calls)
     assert (balanced.selection, balanced.thresholds) == ("balanced", tuned.thresholds)

@@ -287,6 +287,7 @@ def test_adapting_goes_through_the_phases_and_resumes(tmp_path: Path) -> None:
         "entropy/fine-tune.pt",
         "masked/fine-tune.pt",
         "regions/sparseloom.safetensors",
+        "regions/settings.json",
     }
     other = bert()
     again = adapt(other, wanted, texts(4), **steps, out=tmp_path, progress=False)
@@ -294,6 +295,11 @@ def test_adapting_goes_through_the_phases_and_resumes(tmp_path: Path) -> None:
     assert torch.equal(again.regions.words, method.regions.words)
     for one, two in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(one, two)
+    with pytest.raises(ValueError, match=r"holds regions of another run .static:density=0\.9"):
+        adapt(
+            bert(), StaticSparse(density=0.9, by="mass"), texts(4), **steps, out=tmp_path,
+            progress=False,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

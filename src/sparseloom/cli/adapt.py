@@ -190,12 +190,12 @@ def _scored(
     task: Task, loaded: LoadedModel, method: Method, limit: int, name: str, seed: int
 ) -> list[dict[str, Any]]:
     from sparseloom.integrations import sparsify
+    from sparseloom.integrations.stats import density_of
 
     dense = task.score(loaded, limit=limit)
     with sparsify(loaded.model, method, when="always") as sparse:
         score = task.score(loaded, limit=limit)
         layers = sparse.stats()
-    allowed = sum(layer["allowed_pairs"] for layer in layers)
     settings = {k: v for k, v in method.to_dict().items() if k not in {"method", "version"}}
     return [
         {
@@ -204,7 +204,7 @@ def _scored(
             "method": method.name,
             "settings": settings,
             "sparsity": settings.get("sparsity"),
-            "density": sum(layer["kept_pairs"] for layer in layers) / allowed if allowed else 1.0,
+            "density": density_of(layers),
             "metric": task.metric,
             "value": score.value,
             "dense_value": dense.value,

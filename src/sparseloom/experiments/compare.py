@@ -15,7 +15,7 @@ from sparseloom.experiments.attention_time import attention_contender
 from sparseloom.experiments.timing import Timing, interleave
 from sparseloom.integrations import record, sparsify
 from sparseloom.integrations.describe import chooses_in_cache, describe
-from sparseloom.integrations.stats import LayerStats
+from sparseloom.integrations.stats import LayerStats, density_of
 from sparseloom.methods import (
     AttentionInputs,
     Calibrated,
@@ -198,8 +198,9 @@ def with_predictor(
     made = dataclasses.replace(method, predictor=shipped.predictor)
     if not made.needs_thresholds:
         return made
-    if shipped.thresholds is not None and shipped.sparsity == made.sparsity:
-        return dataclasses.replace(made, thresholds=shipped.thresholds)
+    if shipped.thresholds is not None and shipped.thresholds_at == made.sparsity:
+        known = {"thresholds": shipped.thresholds, "thresholds_at": shipped.thresholds_at}
+        return dataclasses.replace(made, **known)
     return calibrate(loaded.model, made, _calibration(made, loaded, task, seed))
 
 
@@ -341,10 +342,9 @@ def _cycles(
 
 def _work(layers: Sequence[LayerStats]) -> dict[str, Any]:
     """Density over all layers, multiply-accumulates of one call, and what really ran."""
-    kept, allowed = (sum(layer[key] for layer in layers) for key in ("kept_pairs", "allowed_pairs"))
     calls = max(1, layers[0]["calls"]) if layers else 1
     return {
-        "density": kept / allowed if allowed else 1.0,
+        "density": density_of(layers),
         "macs": sum(layer["attention_macs"] + layer["prediction_macs"] for layer in layers) / calls,
         "ran": sorted({f"{layer['ran']}, {layer['backend']}" for layer in layers}),
     }

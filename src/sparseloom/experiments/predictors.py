@@ -35,7 +35,7 @@ from sparseloom.methods import (
     SlidingWindow,
 )
 from sparseloom.models import LoadedModel, load_model
-from sparseloom.results import read_results, write_results
+from sparseloom.results import module_command, read_results, write_results
 from sparseloom.tasks import Task, get_task
 from sparseloom.training import adapt
 
@@ -217,7 +217,7 @@ def main() -> None:
         sys.stdout.write("\n".join(lines) + "\n")
         return
     rows = run_study(Study(**arguments), out)
-    write_results(results, rows, command="python -m sparseloom.experiments.predictors")
+    write_results(results, rows, command=module_command("sparseloom.experiments.predictors"))
 
 
 if __name__ == "__main__":

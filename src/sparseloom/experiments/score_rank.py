@@ -14,7 +14,6 @@ divergence of the distributions.  Two gauges per layer, means over heads and hel
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -27,9 +26,9 @@ from torch import Tensor
 
 from sparseloom.experiments.compare import capture
 from sparseloom.experiments.parts import kept_part
+from sparseloom.experiments.study_command import run_command
 from sparseloom.methods import Dense, DynamicSparse
 from sparseloom.models import LoadedModel, load_model
-from sparseloom.results import write_results
 from sparseloom.tasks.language_modelling import StdlibBitsPerByte
 from sparseloom.training import adapt, finetune
 
@@ -219,16 +218,9 @@ def _tune(
 
 def main() -> None:
     """Command line of the study."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("out/score_rank"))
-    parser.add_argument("--results", type=Path, default=Path("results/score_rank.json"))
-    for field in dataclasses.fields(Study):
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(field.default), default=field.default)
-    arguments = vars(parser.parse_args())
-    out, results = arguments.pop("out"), arguments.pop("results")
-    rows = run_study(Study(**arguments), out, step=print)
-    write_results(results, rows, command="python -m sparseloom.experiments.score_rank")
+    run_command(
+        "score_rank", __doc__, Study(), lambda study, out, _: run_study(study, out, step=print)
+    )
 
 
 if __name__ == "__main__":

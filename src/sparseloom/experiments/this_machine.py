@@ -10,7 +10,6 @@ product with one row (weights from memory), attention of many queries and of one
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.nn import functional
 
 from sparseloom.files import fresh_file
 from sparseloom.hardware.devices import this_machine_file
-from sparseloom.kernels.cpu.peaks import measure_peaks
+from sparseloom.kernels.cpu.peaks import best_seconds, measure_peaks
 from sparseloom.results import machine_facts
 
 _SIZE, _HEADS, _LENGTH, _DIM = 2048, 16, 1024, 64
@@ -38,13 +37,13 @@ def measure(*, repeats: int = 5) -> dict[str, Any]:
     # Weights of many layers in turn, so that no cache holds them.
     weights = [torch.randn(_SIZE, _SIZE) for _ in range(16)]
     tiny = torch.randn(1, 16), torch.randn(16, 16)
-    product = _best(lambda: a @ b, repeats)
-    streamed = _best(lambda: [row @ weight for weight in weights], repeats)
-    overhead = _best(lambda: tiny[0] @ tiny[1], 50 * repeats)
+    product = best_seconds(lambda: a @ b, repeats)
+    streamed = best_seconds(lambda: [row @ weight for weight in weights], repeats)
+    overhead = best_seconds(lambda: tiny[0] @ tiny[1], 50 * repeats)
     many, one, few = _attention(_LENGTH), _attention(1), _attention(1, length=4)
-    prefill = _best(many, repeats)
-    decode = _best(one, repeats)
-    start = _best(few, 50 * repeats)
+    prefill = best_seconds(many, repeats)
+    decode = best_seconds(one, repeats)
+    start = best_seconds(few, 50 * repeats)
     pairs = _HEADS * _LENGTH * _LENGTH * _DIM
     cache = 2 * _HEADS * _LENGTH * _DIM * _BYTES
     return {
@@ -89,16 +88,6 @@ def _attention(queries: int, *, length: int = _LENGTH) -> Callable[[], Tensor]:
 def _share(ideal: float, measured: float) -> float:
     """Of the peak; what the caches hold may look faster than memory."""
     return min(1.0, ideal / measured)
-
-
-def _best(run: Callable[[], object], repeats: int) -> float:
-    run()
-    times: list[float] = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return min(times)
 
 
 def main() -> None:

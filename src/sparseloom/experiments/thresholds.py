@@ -24,6 +24,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from sparseloom.integrations import Sparsified, sparsify
+from sparseloom.integrations.stats import density_of
 from sparseloom.methods import Oracle
 from sparseloom.models import LoadedModel, load_model
 from sparseloom.results import module_command, write_results
@@ -150,9 +151,8 @@ def _row(
 
 
 def _sparsity(sparse: Sparsified) -> dict[str, Any]:
-    layers: list[Any] = list(sparse.stats())
-    kept = sum(layer["kept_pairs"] for layer in layers)
-    density = kept / sum(layer["allowed_pairs"] for layer in layers)
+    layers = sparse.stats()
+    density = density_of(layers)
     return {
         "sparsity": 1 - density,
         "density": density,

@@ -83,6 +83,12 @@ class LayerStats(TypedDict):
     low_rows: NotRequired[int]
 
 
+def density_of(layers: Sequence[LayerStats]) -> float:
+    """Kept over allowed pairs of all layers together; 1 where there were none to keep."""
+    allowed = sum(row["allowed_pairs"] for row in layers)
+    return sum(row["kept_pairs"] for row in layers) / allowed if allowed else 1.0
+
+
 def left_of(layers: Sequence[LayerStats]) -> dict[str, float]:
     """Shares that a pruning method left of a run, over all its layers and sequences.
 

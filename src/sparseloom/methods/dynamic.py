@@ -56,8 +56,8 @@ class DynamicSparse(Predicting):
             `"threshold"`, every key whose predicted score reaches that of its layer and head; or
             `"balanced"`, the budget of top-k filled as a detector does that compares keys with a
             threshold as they stream by: those that reach it in their order, then the best others.
-        thresholds: per layer and head, in units of q·k·scale; they belong to the sparsity that
-            `calibrate_thresholds` took them at.
+        thresholds: per layer and head, in units of q·k·scale, from `sl.calibrate`.
+        thresholds_at: the sparsity that they were taken at: they fit no other one.
         pooling: how pairs become one score per block (`pool_scores`).
         mask_heads: `"query"`, every head has a mask of its own; `"kv"`, the heads that share keys
             and values share one; `"one"` for all heads of a layer.  Shared masks are chosen by
@@ -82,6 +82,7 @@ class DynamicSparse(Predicting):
     bits: int = 4
     selection: Selection = "topk"
     thresholds: tuple[tuple[float, ...], ...] | None = None
+    thresholds_at: float | None = None
     pooling: Pooling = "mass"
     mask_heads: MaskHeads = "query"
     tile: int | None = None
@@ -131,8 +132,8 @@ class DynamicSparse(Predicting):
         With `inputs.past` the call's keys are appended to it.
 
         Raises:
-            ValueError: no predictor, no hidden states, no thresholds where they are needed, or
-                keys in the cache of which the predictor knows nothing.
+            ValueError: no predictor, no hidden states, no thresholds of this sparsity where they
+                are needed, or keys in the cache of which the predictor knows nothing.
         """
         layer = self._layer(inputs)
         q, keys = self._codes(layer, inputs)
@@ -349,6 +350,11 @@ class DynamicSparse(Predicting):
             raise ValueError(
                 f"thresholds are missing for selection={self.selection!r}: run sl.calibrate "
                 "(or methods.calibrate_thresholds) first"
+            )
+        if self.thresholds_at not in (None, self.sparsity):
+            raise ValueError(
+                f"sparsity must be {self.thresholds_at}, at which the thresholds were taken, got "
+                f"{self.sparsity}: run sl.calibrate anew"
             )
         return torch.tensor(self.thresholds[layer])
 

@@ -48,7 +48,9 @@ def calibrate_thresholds(method: DynamicSparse, calls: Iterable[AttentionInputs]
         kth = seen.kthvalue(seen.shape[-1] - keep + 1, dim=-1).values
         levels.append(tuple(kth.tolist()))
     selection = "balanced" if method.selection == "balanced" else "threshold"
-    return dataclasses.replace(method, selection=selection, thresholds=tuple(levels))
+    return dataclasses.replace(
+        method, selection=selection, thresholds=tuple(levels), thresholds_at=method.sparsity
+    )
 
 
 def _allowed_scores(scores: Scores, inputs: AttentionInputs) -> Float[Tensor, "heads n"]:

@@ -8,6 +8,7 @@ terms, calibration and choice of regions, steps with the mask in place.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from sparseloom.files import fresh_folder
 from sparseloom.integrations import describe, sparsify
 from sparseloom.mask import SparseMask
-from sparseloom.methods import Dense, StaticSparse
+from sparseloom.methods import Dense, Method, StaticSparse
 from sparseloom.methods.base import AttentionInputs
 from sparseloom.methods.region_search import forced_within
 from sparseloom.methods.tile_statistics import TileStatistics
@@ -31,6 +33,9 @@ from sparseloom.training.loop import Batch, LoopSettings, repeat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+SETTINGS = "settings.json"
+"""Beside the regions that a run keeps: what they were chosen with."""
 
 Objective = Callable[[Any, Mapping[str, Tensor]], Tensor]
 """(outputs, batch) → the scalar whose dependence on attention saliency measures."""
@@ -79,7 +84,8 @@ def adapt_static(
         `method` with its regions.
 
     Raises:
-        ValueError: as `sl.adapt` and `select_regions`.
+        ValueError: as `sl.adapt` and `select_regions`; also regions in `out` that were chosen with
+            other settings.
     """
     for name, steps in {"entropy_steps": entropy_steps, "masked_steps": masked_steps}.items():
         if steps < 0:
@@ -111,15 +117,27 @@ def adapt_static(
     calibration = list(itertools.islice(source, calibration_steps))
     chosen = folder and folder / "regions"
     if chosen is not None and (chosen / WEIGHTS).exists():
-        method = cast("StaticSparse", load_method(chosen, method.to_dict()))
+        method = _kept_regions(chosen, method)
     else:
         method = select_regions(model, method, calibration, lengths=lengths, objective=objective)
         if chosen is not None:
-            chosen.mkdir(parents=True, exist_ok=True)
-            save_method(method, chosen)
+            with fresh_folder(chosen) as fresh:
+                save_method(method, fresh)
+                (fresh / SETTINGS).write_text(json.dumps(method.to_dict()), "utf-8")
     if masked_steps:
         tune(method, masked_steps, lr / 2 if masked_lr is None else masked_lr, "masked")
     return method
+
+
+def _kept_regions(folder: Path, method: StaticSparse) -> StaticSparse:
+    """The regions of an earlier run with the same settings."""
+    file, wanted = folder / SETTINGS, method.to_dict()
+    if file.exists() and (found := json.loads(file.read_text("utf-8"))) != wanted:
+        raise ValueError(
+            f"out: {folder} holds regions of another run ({Method.from_dict(found)}; this one is "
+            f"{method}); choose a fresh folder"
+        )
+    return cast("StaticSparse", load_method(folder, wanted))
 
 
 def select_regions(

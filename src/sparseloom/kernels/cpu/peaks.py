@@ -118,7 +118,7 @@ def _with_torch(repeats: int, threads: int) -> Peaks:
     try:
         source = torch.zeros(64 << 20, dtype=torch.float32)
         target = torch.empty_like(source)
-        copied = _best(lambda: target.copy_(source), repeats)
+        copied = best_seconds(lambda: target.copy_(source), repeats)
         return Peaks(
             source="torch",
             tier=None,
@@ -135,10 +135,11 @@ def _with_torch(repeats: int, threads: int) -> Peaks:
 
 def _product(dtype: torch.dtype, repeats: int, size: int = 1024) -> float:
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    return 2 * size**3 / _best(lambda: a @ b, repeats) / 1e9
+    return 2 * size**3 / best_seconds(lambda: a @ b, repeats) / 1e9
 
 
-def _best(run: Callable[[], object], repeats: int) -> float:
+def best_seconds(run: Callable[[], object], repeats: int) -> float:
+    """Shortest of so many runs, after one that is not measured."""
     run()
     times: list[float] = []
     for _ in range(repeats):
