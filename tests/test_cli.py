@@ -627,6 +627,7 @@ BAD = {
     "unknown paper": (["reproduce", "nature"], "dsa_tc_2022"),
     "unknown table": (["reproduce", "dsa_tc_2022", "table99"], "table1"),
     "no stored run": (["reproduce", "dsa_tc_2022", "table1"], "--run"),
+    "size of stored runs": (["reproduce", "dynamic", "--size", "paper"], "belong to --run"),
     "size of a study": (["reproduce", "dynamic", "--size", "large"], "small, paper"),
 }
 

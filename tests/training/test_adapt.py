@@ -257,6 +257,7 @@ def test_an_encoder_with_padding_can_be_adapted() -> None:
     ("arguments", "message"),
     [
         ({"warmup_steps": -1}, "warmup_steps must be 0 or more, got -1"),
+        ({"warmup_steps": 0}, "must not both be 0 for dynamic without weights"),
         ({"loss": "l1"}, "'l1'"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
         ({"query_rows": 0}, "query_rows must be 1 or more"),

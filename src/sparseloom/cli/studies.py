@@ -60,6 +60,8 @@ def reproduce(
         raise ValueError(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
     if device not in DEVICES:
         raise ValueError(f"--device must be one of {', '.join(DEVICES)}, got {device!r}")
+    if not run and (size != "small" or device != "cpu"):
+        raise ValueError(f"--size and --device belong to --run, got {size} and {device} without it")
     chosen = find_tables(paper, table)
     if run and device != "cpu" and table is None:
         chosen = [one for one in chosen if any(s.device == device for s in one.studies)]

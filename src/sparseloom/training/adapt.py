@@ -121,6 +121,11 @@ def adapt(
         # Thresholds belong to a trained predictor: until then its best keys are chosen.
         adapted = cast("LearnedMethod", replace(method, selection="topk"))
     if adapted.module is None:
+        if not warmup_steps and not joint_steps:
+            raise ValueError(
+                f"warmup_steps and joint_steps must not both be 0 for {method.name} without "
+                "weights, which would stay as they are drawn"
+            )
         adapted = cast("LearnedMethod", adapted.initialise(method_shape(model), seed=seed))
     model.to(accelerator.device)
     module = _module(adapted).to(accelerator.device)
