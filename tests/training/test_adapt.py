@@ -159,6 +159,24 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     finetune(model, Dense(), batches(1), steps=2, out=tmp_path, progress=False)
     with pytest.raises(ValueError, match="belongs to another run"):
         finetune(model, Dense(), batches(1), steps=3, out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"a run with lr 0\.0001, and this one has 0\.1"):
+        finetune(model, Dense(), batches(1), steps=2, lr=0.1, out=tmp_path, progress=False)
+    file = tmp_path / "fine-tune.pt"
+    state = torch.load(file, weights_only=True)
+    del state["about"]  # as older versions wrote them
+    torch.save(state, file)
+    assert finetune(model, Dense(), batches(1), steps=2, lr=0.1, out=tmp_path, progress=False)
+
+
+def test_a_predictor_of_other_settings_does_not_stand_in(tmp_path: Path) -> None:
+    model, options = tiny_llama(), {"warmup_steps": 1, "out": tmp_path, "progress": False}
+    first = adapt(model, METHOD, batches(1), **options)
+    other = dataclasses.replace(METHOD, sparsity=0.5)  # which the warm-up does not look at
+    again = adapt(model, other, batches(1), **options)
+    assert again.predictor is not first.predictor
+    assert str(again) == str(other)
+    with pytest.raises(ValueError, match=r"warm-up\.pt belongs to a run with sizes"):
+        adapt(model, dataclasses.replace(METHOD, bits=8), batches(1), **options)
 
 
 def test_save_and_load_give_the_same_outputs(tmp_path: Path) -> None:

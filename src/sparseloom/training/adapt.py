@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -159,6 +159,15 @@ def adapt(
                 accelerator=accelerator,
                 checkpoint=folder and folder / "warm-up.pt",
                 progress=progress,
+                about={
+                    "method": method.name,
+                    "sizes": predicting.sizes(),
+                    "loss": loss,
+                    "predictor_lr": predictor_lr,
+                    "query_rows": query_rows,
+                    "mixed_precision": accelerator.mixed_precision,
+                    "seed": seed,
+                },
             )
             module.eval()
 
@@ -282,6 +291,20 @@ def finetune(
             checkpoint=None if out is None else Path(out) / "fine-tune.pt",
             progress=progress,
             before_step=before_step,
+            about={
+                "method": method.to_dict(),
+                "loss": loss,
+                "loss_weight": loss_weight,
+                "detach": detach,
+                "lr": lr,
+                "predictor_lr": predictor_lr,
+                "query_rows": query_rows,
+                "ramp": None if ramp is None else asdict(ramp),
+                "entropy": None if entropy is None else asdict(entropy.settings),
+                "settings": asdict(replace(settings, save_every=1)),
+                "mixed_precision": accelerator.mixed_precision,
+                "seed": seed,
+            },
         )
 
 

@@ -5,6 +5,7 @@ accelerate chooses device and precision; torch has the optimisers.  The loop onl
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -88,13 +89,19 @@ def run_loop(
     checkpoint: Path | None,
     progress: bool,
     before_step: Callable[[int], None] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Run `step` on each batch, step the optimiser, and return what `step` logged.
 
     `groups` are AdamW parameter groups with their own peak `lr`.  With a `checkpoint` file the
     loop continues after the last saved step (the batches before it are drawn and dropped, so a
-    seeded iterator gives the same run); the file holds `modules`, optimiser and log.
+    seeded iterator gives the same run); the file holds `modules`, optimiser and log, and `about`:
+    all that decides the run beside its batches, as JSON holds it.
     `before_step` is called with the number of each step from 0.
+
+    Raises:
+        ValueError: too few batches, or a checkpoint of another run.
+        FloatingPointError: the loss is not a finite number.
     """
     optimiser = torch.optim.AdamW(
         groups, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
@@ -102,6 +109,7 @@ def run_loop(
     peaks = [group["lr"] for group in optimiser.param_groups]
     log: list[dict[str, float]] = []
     first = 0
+    wanted = json.dumps(about or {})
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         if state["name"] != name or state["steps"] != settings.steps:
@@ -109,6 +117,7 @@ def run_loop(
                 f"out: {checkpoint} belongs to another run ({state['name']}, {state['steps']} "
                 f"steps; this one is {name}, {settings.steps} steps); choose a fresh folder"
             )
+        _refuse_other(checkpoint, json.loads(state.get("about", "{}")), json.loads(wanted))
         for key, module in modules.items():
             module.load_state_dict(state["modules"][key])
         optimiser.load_state_dict(state["optimiser"])
@@ -147,7 +156,8 @@ def run_loop(
             if checkpoint is not None and (
                 done % settings.save_every == 0 or done == settings.steps
             ):
-                _save(checkpoint, name, done, settings.steps, modules, optimiser, log)
+                run = {"name": name, "steps": settings.steps, "about": wanted}
+                _save(checkpoint, run, done, modules, optimiser, log)
     return log
 
 
@@ -162,19 +172,27 @@ def repeat(batches: Iterable[Batch]) -> Iterator[Batch]:
         yield from batches
 
 
+def _refuse_other(file: Path, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run of other settings; a file that tells none may be of any."""
+    other = next((key for key in kept if kept[key] != wanted.get(key)), None)
+    if other is not None:
+        raise ValueError(
+            f"out: {file} belongs to a run with {other} {kept[other]!r}, and this one has "
+            f"{wanted.get(other)!r}; choose a fresh folder"
+        )
+
+
 def _save(
     path: Path,
-    name: str,
+    run: Mapping[str, Any],
     done: int,
-    steps: int,
     modules: Mapping[str, nn.Module],
     optimiser: torch.optim.Optimizer,
     log: list[dict[str, float]],
 ) -> None:
     state = {
-        "name": name,
+        **run,
         "step": done,
-        "steps": steps,
         "modules": {key: module.state_dict() for key, module in modules.items()},
         "optimiser": optimiser.state_dict(),
         "log": log,
