@@ -15,23 +15,17 @@ _FEW_QUERIES = 64
 
 
 def suits(call: AttentionCall, *, importance: bool) -> bool:
-    """Whether this is the quicker kernel for a call with a mask: blocks of 16 x 32, kept alike.
+    """Whether this is the kernel for a call with a mask: blocks of 16 x 32.
 
-    It computes every key that some query of its own block keeps, without gathering: 32 queries at
-    once on AMX, otherwise 64 with AVX-512 and 16 or fewer below. Few queries would not earn the
-    layout of the keys back.
+    It gathers nothing. Of four neighbouring query blocks (AVX-512; AMX: of two, below: of one) it
+    computes for a tile of keys those from the first that keeps it to the last, on AMX both. On
+    random tiles that takes as long as gathering in fp32, and less in bf16. Few queries would not
+    earn the layout of the keys back.
     """
     if call.block_size != TILE or call.dropout_p != 0.0 or importance or call.q_len < _FEW_QUERIES:
         return False
     # A library that was built from older sources (SPARSELOOM_CPU_LIBRARY) gathers all keys.
-    suits_mask = getattr(native.library(), "dense_suits_mask", None)
-    if suits_mask is None:
-        return False
-    assert call.indices is not None
-    assert call.offsets is not None
-    indices, offsets = call.indices.contiguous(), call.offsets.contiguous()
-    element, where = TYPES[call.query.dtype], (address(indices), address(offsets))
-    return suits_mask(element, *where, *offsets.shape[:2], call.q_len)
+    return hasattr(native.library(), "dense_tiles_forward")
 
 
 def forward(

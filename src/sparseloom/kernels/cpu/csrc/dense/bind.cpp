@@ -73,19 +73,6 @@ void bind_dense(nb::module_& m) {
                   value_dim, key_padding, causal, scale, lse, 0, 0, threads,
                   {pointer<const Run>(runs), pointer<const int64_t>(offsets), 1, mask_heads});
         });
-  m.def("dense_suits_mask",
-        [](int type, uintptr_t indices, uintptr_t offsets, int64_t mask_batch, int64_t mask_heads,
-           int64_t q_len) {
-          const RunList list(pointer<const int32_t>(indices), pointer<const int64_t>(offsets),
-                             mask_batch * mask_heads, query_blocks(q_len));
-          DenseArgs args{};
-          args.runs = list.runs.data();
-          args.offsets = list.offsets.data();
-          args.mask_batch = mask_batch;
-          args.heads = args.mask_heads = mask_heads;
-          args.q_len = q_len;
-          return dense_suits_mask(args, static_cast<DenseType>(type));
-        });
 }
 
 }  // namespace sparseloom

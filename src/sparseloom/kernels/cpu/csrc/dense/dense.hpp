@@ -70,8 +70,4 @@ SL_TABLE(DenseTable, dense_table)
 
 void dense_forward(const DenseArgs& args, DenseType type, int threads);
 
-// Whether the query rows of a block keep so much alike that computing what some of them keep, for
-// all of them, is quicker than gathering the keys of each. Reads the mask and q_len.
-bool dense_suits_mask(const DenseArgs& args, DenseType type);
-
 }  // namespace sparseloom

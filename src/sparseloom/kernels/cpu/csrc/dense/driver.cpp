@@ -5,7 +5,7 @@
 #include <thread>
 #include <vector>
 
-#include "dense/mask.hpp"
+#include "dense/dense.hpp"
 #include "threads.hpp"
 
 namespace sparseloom {
@@ -126,25 +126,6 @@ int used_means(const DenseArgs& a) {
 }
 
 }  // namespace
-
-// How many times faster a kept pair is here than gathered, measured on AVX-512 in fp32 at 64 dims.
-constexpr double ADVANTAGE = 1.5;
-
-bool dense_suits_mask(const DenseArgs& a, DenseType type) {
-  const int64_t block = active_dense_table().of[static_cast<int>(type)]->block;
-  if (block <= MASK_QUERIES) return true;
-  int64_t kept = 0, computed = 0;
-  for (int64_t b = 0; b < a.mask_batch; ++b)
-    for (int64_t h = 0; h < a.heads; ++h)
-      for (int64_t first = 0; first < a.q_len; first += block) {
-        KeptTiles tiles(a, b, h, first, std::min(block, a.q_len - first));
-        for (KeptTile tile; tiles.next(tile);) {
-          kept += __builtin_popcount(static_cast<unsigned>(tile.kept));
-          computed += tiles.rows;
-        }
-      }
-  return static_cast<double>(computed) <= ADVANTAGE * static_cast<double>(kept);
-}
 
 void dense_forward(const DenseArgs& args, DenseType type, int threads) {
   DenseArgs a = args;
