@@ -2,7 +2,7 @@
 # With a C++ compiler they also build the C++ backend; in CI it has to build without a warning.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-sanitize test-oldest lint format bench bench-cpu docs minilm clean
+.PHONY: help demo build test test-gpu test-sanitize test-oldest lint format bench bench-cpu docs minilm clean
 
 # PYTHON=/path/to/python chooses another interpreter for the environments.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -34,6 +34,9 @@ build: .venv/.stamp-run ## Compile what changed of the C++ backend, or show why 
 
 test: .venv/.stamp-dev ## Run the tests (TESTS=... chooses some)
 	$(BIN)/python $(PYTEST) $(TESTS)
+
+test-gpu: .venv/.stamp-dev ## Run what needs a CUDA device; every test says why where there is none
+	$(BIN)/python $(PYTEST) -rs -m gpu $(TESTS)
 
 # Python is not built for AddressSanitizer, so that comes first in the process; libstdc++ comes with
 # it, for its exceptions. What Python itself never frees is no leak of ours.

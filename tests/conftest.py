@@ -61,7 +61,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        # Kernels that are interpreted elsewhere run on the card: `-m gpu` means them, too.
+        for item in items:
+            if "triton" in item.path.parts:
+                item.add_marker("gpu")
     reasons: dict[str, str] = {}
     if not config.getoption("--slow"):
         reasons["slow"] = "a study: runs with --slow"

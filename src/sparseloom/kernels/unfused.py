@@ -16,14 +16,15 @@ The mask must have the batch and heads of the query: shared ones are spread by `
 Tiles are gathered in chunks, so the extra memory is bounded; gradients of any order are the same
 three operations again (the derivative of SDDMM is SpMM, and the other way round).
 
-On a CPU, without gradients and in fp32 or less, the C++ library computes the three where it is
-there; the PyTorch forms here define what it returns.
+Without gradients and in fp32 or less, the C++ library computes the three on a CPU and Triton on a
+GPU, where they are there; the PyTorch forms here define what they return.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -69,6 +70,11 @@ def sddmm(
         return cpu.sddmm(
             query, key, mask, is_causal=is_causal, key_padding=key_padding, scale=scale
         )
+    card = _on_card(mask, query, key)
+    if card is not None:
+        return card.sddmm(
+            query, key, mask, is_causal=is_causal, key_padding=key_padding, scale=scale
+        )
     rows = mask.entry_rows()
     scores = _tile_products(
         blocked(query.to(dtype) * scale, bq),
@@ -91,6 +97,8 @@ def sparse_softmax(
     _check_values(values, mask)
     if values.dtype == torch.float32 and _native(mask, values):
         return cpu.sparse_softmax(values, mask)
+    if values.dtype == torch.float32 and (card := _on_card(mask, values)) is not None:
+        return card.sparse_softmax(values, mask)
     rows = mask.entry_rows()
     count = mask.offsets[..., 1:].numel()
     tops = values.new_full((count, mask.block_size[0]), -torch.inf)
@@ -125,6 +133,8 @@ def spmm(
     _check_fit(mask, value, "value", rows=mask.kv_len, heads=None)
     if values.dtype == torch.float32 and _native(mask, values, value):
         return cpu.spmm(values, mask, value)
+    if values.dtype == torch.float32 and (card := _on_card(mask, values, value)) is not None:
+        return card.spmm(values, mask, value)
     rows = mask.entry_rows()
     out = _tile_sums(
         values,
@@ -232,6 +242,19 @@ def _forbidden(
 def _native(mask: SparseMask, *tensors: Tensor) -> bool:
     """Whether the C++ library takes the step."""
     return not torch.compiler.is_compiling() and mask.nnz > 0 and cpu.takes(*tensors)
+
+
+def _on_card(mask: SparseMask, *tensors: Tensor) -> ModuleType | None:
+    """The Triton kernels, if they take the step."""
+    if torch.compiler.is_compiling() or mask.nnz == 0 or not tensors[0].is_cuda:
+        return None
+    from sparseloom.kernels.triton import unavailable
+
+    if unavailable() is not None:
+        return None
+    from sparseloom.kernels.triton import unfused as card
+
+    return card if card.takes(mask, *tensors) else None
 
 
 def _check_padding(key_padding: Tensor | None, mask: SparseMask) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from sparseloom.experiments.gpu import compiled
 from sparseloom.kernels.triton import compile_report
 from sparseloom.kernels.triton.compile_report import CompileReport
-from sparseloom.results import results
+from sparseloom.results import read_results, results
+
+ROOT = Path(__file__).parents[3]
 
 
 def report(**changes) -> CompileReport:
@@ -48,3 +52,21 @@ def test_rows_and_their_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiled.markdown(rows, 80).splitlines()[2:] == [
         "| forward | 256 | 168 | 0 | 96.0 KiB | 8 | mma bf16×bf16→f32 |",
     ]
+
+
+def test_the_page_shows_what_is_stored() -> None:
+    file = ROOT / "results/gpu_kernels_compiled.json"
+    rows = [row.model_dump() for row in read_results(file).rows]
+    text = (ROOT / "docs/gpu.md").read_text("utf-8")
+    assert compiled.markdown(rows, 90) in text
+    assert f"Triton {rows[0]['triton']}, ptxas {rows[0]['ptxas']}" in text
+
+
+def test_no_stored_kernel_is_unfit_to_run() -> None:
+    file = ROOT / "results/gpu_kernels_compiled.json"
+    kernels = [row.model_dump() for row in read_results(file).rows][1:]
+    assert {row["arch"] for row in kernels} == {80, 90}
+    for row in kernels:
+        assert row["warps_per_multiprocessor"] > 0, row["name"]
+        assert row["loop_spill_bytes"] == 0, row["name"]
+        assert not row["serialized"], row["name"]
