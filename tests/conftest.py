@@ -54,6 +54,10 @@ jaxtyping.jaxtyped = _jaxtyped
 jaxtyping.install_import_hook("sparseloom", "beartype.beartype")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    # Triton's kernels run in its interpreter. It reads this when it is first imported, which
+    # torch's FlexAttention does.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

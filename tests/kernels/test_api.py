@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparseloom import kernels
 from sparseloom.kernels import AttentionOutput, attention, cpu, flex, ops
+from sparseloom.kernels.triton import backend as triton
 from sparseloom.mask import SparseMask
 
 # The package's own checks are under test here, not those of the annotations.
@@ -88,7 +89,7 @@ _Q, _K, _V = _inputs()
             (_Q, _K, _V),
             {"backend": "flux"},
             ValueError,
-            "unknown backend 'flux'; did you mean 'flex'.*auto, dense, cpu, flex, reference",
+            "unknown backend 'flux'; did you mean 'flex'.*auto, dense, cpu, triton, flex, reference",
         ),
     ],
 )
@@ -169,8 +170,9 @@ def test_auto_takes_flex_only_where_it_can_run_and_pays(monkeypatch: pytest.Monk
 def test_available_backends_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex, "unavailable", lambda: "no C++ compiler")
     monkeypatch.setattr(cpu, "unavailable", lambda: "it was not built")
-    missing = {"cpu": "it was not built", "flex": "no C++ compiler"}
-    expected = {"dense": None, **missing, "reference": None}
+    monkeypatch.setattr(triton, "unavailable", lambda: "there is no CUDA device")
+    missing = {"cpu": "it was not built", "triton": "there is no CUDA device"}
+    expected = {"dense": None, **missing, "flex": "no C++ compiler", "reference": None}
     assert kernels.available_backends() == expected
 
 

@@ -1,7 +1,8 @@
 """Kernels: attention over the pairs that a ``SparseMask`` keeps.
 
 ``attention`` checks its arguments, chooses a backend and runs it as a torch operator. The
-``reference`` backend defines the result; ``flex`` and ``dense`` are PyTorch's own kernels.
+``reference`` backend defines the result; ``cpu`` is in C++, ``triton`` runs on GPUs, ``flex`` and
+``dense`` are PyTorch's own kernels.
 ``sddmm``, ``sparse_softmax`` and ``spmm`` are the same computation in three steps, and
 ``decode_attention`` is one step of decoding against a cache.
 """

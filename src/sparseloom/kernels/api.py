@@ -76,7 +76,7 @@ def attention(
         return_importance: also return the column sums of the probabilities (before dropout) per
             query head and Σ|out| per head: what cascade pruning ranks tokens and heads by
             (SpAtten, HPCA 2021, Algorithm 2).
-        backend: "auto" takes what ``choose_backend`` names; "dense", "cpu", "flex" and
+        backend: "auto" takes what ``choose_backend`` names; "dense", "cpu", "triton", "flex" and
             "reference" are taken as given and raise where they cannot run the call.
 
     Returns:
@@ -144,10 +144,12 @@ def choose_backend(
     1. no mask, and neither log-sum-exp nor importance asked for: "dense";
     2. the C++ backend is there (``available_backends``) and runs this call (tensors on the CPU,
        not fp64, head_dim and value_dim multiples of 8 up to 256, no dropout without a mask): "cpu";
-    3. a mask, and FlexAttention can run here (compiler found) and runs this call (blocks of at
+    3. a mask, and Triton and a GPU are there and run this call (tensors on the GPU, not fp64,
+       head_dim and value_dim up to 256, no dropout): "triton";
+    4. a mask, and FlexAttention can run here (compiler found) and runs this call (blocks of at
        least 16 x 16, no gradient, no dropout, no extra outputs, at least two queries, not fp64),
        nothing is padded, and q_len · kv_len is at least 2048²: "flex";
-    4. otherwise "reference".
+    5. otherwise "reference".
     """
     call = _checked_call(
         query, key, value, mask, is_causal, key_padding, scale, dropout_p, enable_gqa

@@ -26,7 +26,7 @@ from torch import Tensor
 from sparseloom.errors import unknown_name
 from sparseloom.kernels.common import AttentionCall, accumulation_dtype
 
-BACKENDS = ("cpu", "flex", "reference")
+BACKENDS = ("cpu", "triton", "flex", "reference")
 
 
 def load(backend: str) -> ModuleType:
@@ -36,6 +36,8 @@ def load(backend: str) -> ModuleType:
         from sparseloom.kernels import reference as module
     elif backend == "cpu":
         from sparseloom.kernels import cpu as module
+    elif backend == "triton":
+        from sparseloom.kernels.triton import backend as module
     elif backend == "flex":
         from sparseloom.kernels import flex as module
     else:
