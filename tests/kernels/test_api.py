@@ -89,7 +89,7 @@ _Q, _K, _V = _inputs()
             (_Q, _K, _V),
             {"backend": "flux"},
             ValueError,
-            "unknown backend 'flux'; did you mean 'flex'.*auto, dense, cpu, triton, flex, reference",
+            "unknown backend 'flux'; did you mean 'flex'.*auto, dense, cpu, triton, flex, refer",
         ),
     ],
 )

@@ -10,7 +10,8 @@ bits. There are two ways:
   key in a buffer, and ``by_key`` adds these up. The buffer has head_dim + value_dim fp32 numbers
   per kept key of a query block; units of heads take turns with it where it would be too long.
 """
-# pyright: reportMissingParameterType=false
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -55,14 +56,13 @@ def backward_queries(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     SPLIT: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, KEYS_ON_M: tl.constexpr,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, AXIS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, HAS_BIAS: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of query rows, and with ``SHARES`` what it adds to its keys' ones.
 
     ``bias`` is added to the gradient of the probabilities, per head and key.
     """
-    axis: tl.constexpr = 0 if KEYS_ON_M else 1  # of the keys, in scores
     unit, mask_row, block, part, head, position, there = owned_rows(
         order, first_unit, units, mask_heads, q_blocks, q_len,
         MASK_BATCH, MASK_GROUP, BLOCK_Q, TILE_Q, SPLIT, PACK, ROWS,
@@ -88,7 +88,7 @@ def backward_queries(
     if SHARES:
         slot = tl.load(starts + unit) - tl.load(starts + first_unit) + start
         slot -= tl.load(offsets + mask_row * (q_blocks + 1))
-    if KEYS_ON_M:
+    if AXIS == 0:
         acc = tl.zeros([WIDTH, ROWS], tl.float32)
     else:
         acc = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -99,18 +99,18 @@ def backward_queries(
         value = load_rows(
             value_base, at.to(tl.int64) * value_row, seen, VALUE_DIM, VALUE_WIDTH, True
         )
-        scores = forbid(product(query, key, PRECISION, KEYS_ON_M), at, seen, limit, CAUSAL, axis)
-        probs = tl.exp2(scores * scale - tl.expand_dims(norm, axis))
-        steps = product(grad, value, PRECISION, KEYS_ON_M)
+        scores = forbid(product(query, key, PRECISION, AXIS), at, seen, limit, CAUSAL, AXIS)
+        probs = tl.exp2(scores * scale - tl.expand_dims(norm, AXIS))
+        steps = product(grad, value, PRECISION, AXIS)
         if HAS_BIAS:
-            biased = tl.expand_dims(bias_row, axis) + tl.expand_dims(at, 1 - axis)
-            live = tl.expand_dims(there, axis) & tl.expand_dims(seen, 1 - axis)
+            biased = tl.expand_dims(bias_row, AXIS) + tl.expand_dims(at, 1 - AXIS)
+            live = tl.expand_dims(there, AXIS) & tl.expand_dims(seen, 1 - AXIS)
             steps += tl.load(bias_ptr + biased, mask=live, other=0.0)
-        steps = (probs * (steps - tl.expand_dims(centre, axis))).to(key.dtype)
-        acc = accumulate(acc, steps, key, PRECISION, KEYS_ON_M)
+        steps = (probs * (steps - tl.expand_dims(centre, AXIS))).to(key.dtype)
+        acc = accumulate(acc, steps, key, PRECISION, AXIS)
         if SHARES:
             probs = probs.to(key.dtype)
-            if not KEYS_ON_M:
+            if AXIS == 1:
                 probs = tl.trans(probs)
                 steps = tl.trans(steps)
             lane = tile * TILE_K + tl.arange(0, TILE_K)
@@ -127,7 +127,7 @@ def backward_queries(
                 tl.dot(steps, query, input_precision=PRECISION) * plain_scale,
                 mask=listed[:, None] & (column < DIM),
             )
-    if KEYS_ON_M:
+    if AXIS == 0:
         acc = tl.trans(acc)
     column = tl.arange(0, WIDTH)[None, :]
     tl.store(
@@ -175,6 +175,7 @@ def backward(
     inputs = {
         **strides(query=query, key=key, value=value, grad=grad),
         "plain_scale": call.scale,
+        "SHARES": not whole,
         "HAS_BIAS": grad_key_importance is not None,
     }
 
@@ -182,7 +183,7 @@ def backward(
         backward_queries[launch.grid(units)](
             query, key, value, grad, norm, centre, bias, grad_query,
             key_parts, value_parts, starts,
-            **inputs, **launch.arguments(first), SHARES=not whole,
+            **inputs, **launch.arguments(first),
         )  # fmt: skip
 
     if whole:
@@ -192,9 +193,7 @@ def backward(
     return grad_query, *_from_shares(launch, run)
 
 
-def _from_shares(
-    launch: Launch, run: Callable[..., None]
-) -> tuple[Tensor, Tensor]:
+def _from_shares(launch: Launch, run: Callable[..., None]) -> tuple[Tensor, Tensor]:
     """Gradients of key and value, from what ``run`` leaves for each kept key."""
     call = launch.call
     (batch, kv_heads, kv_len, dim), value_dim = call.key.shape, call.value.shape[3]

@@ -3,7 +3,7 @@
 Kernels over query blocks leave their share for each kept key in a buffer, in the order of the
 mask. Here each key adds up its shares in the order of the key-major form.
 """
-# pyright: reportMissingParameterType=false
+# pyright: reportMissingParameterType=false, reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import triton.language as tl
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from sparseloom.kernels.common import AttentionCall
 from sparseloom.kernels.triton.launch import Launch
 from sparseloom.kernels.triton.tiles import mask_row_of
 from sparseloom.kernels.triton.transpose import key_major

@@ -75,7 +75,9 @@ def forward_tiles(
     if dtype == torch.float32:
         return _tiles(block_q, shared_heads, most=16, tile_k=16, warps=4, stages=2)
     wide = dim > 128
-    tiles = _tiles(block_q, shared_heads, most=64 if wide else 128, tile_k=KEYS // 2 if wide else KEYS)
+    tiles = _tiles(
+        block_q, shared_heads, most=64 if wide else 128, tile_k=KEYS // 2 if wide else KEYS
+    )
     return dataclasses.replace(
         tiles,
         warps=8 if tiles.rows * dim > 64 * 128 else 4,
@@ -102,8 +104,8 @@ def key_tiles(block_k: int, dim: int, dtype: torch.dtype, capability: int = 90) 
     if dtype == torch.float32:
         tiles = _tiles(block_k, 1, most=16, tile_k=16, warps=4, stages=2)
     else:
-        tiles = _tiles(block_k, 1, most=128 if dim <= 128 else 64, tile_k=KEYS // 2)
-        warps = 8 if tiles.rows * dim > 64 * 128 else 4
+        tiles = _tiles(block_k, 1, most=64, tile_k=KEYS // 2)
+        warps = 8 if tiles.rows * dim > 32 * 128 else 4
         stages = 3 if _fits(tiles, 2 * dim, 2, capability) else 2
         tiles = dataclasses.replace(tiles, warps=warps, stages=stages)
     return dataclasses.replace(tiles, tile_q=tiles.tile_k, tile_k=tiles.tile_q)
@@ -114,7 +116,8 @@ def _tiles(
 ) -> Tiles:
     tile_q = min(block_q, most)
     pack = max(
-        n for n in range(1, shared_heads + 1)
+        n
+        for n in range(1, shared_heads + 1)
         if shared_heads % n == 0 and (n == 1 or n * tile_q <= min(64, most))
     )
     rows = max(NARROW, 1 << (pack * tile_q - 1).bit_length())

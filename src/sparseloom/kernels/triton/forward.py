@@ -4,7 +4,8 @@ Query rows are packed until they fill a tile. With 64 rows or more they take the
 tensor-core products; with fewer, as in the paper's (8, 1) and (4, 1), the gathered keys take it:
 Sᵀ = K Qᵀ and Outᵀ = Vᵀ Pᵀ, with the rows as a narrow N.
 """
-# pyright: reportMissingParameterType=false
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -34,11 +35,10 @@ def _attend(
     entries, count, first, end, limit, kv_len, scale,
     BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, CAUSAL: tl.constexpr,
-    PADDED: tl.constexpr, KEYS_ON_M: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, AXIS: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over the tiles ``first … end - 1``; ``scale`` includes log2 e."""
-    axis: tl.constexpr = 0 if KEYS_ON_M else 1  # of the keys, in scores
     # The few masked tiles at the end get no buffers beyond those of the others.
     for tile in tl.range(first, end, num_stages=2 if MASKED else STAGES):
         place, there = tile_positions(entries, count, tile, BLOCK_K, TILE_K, MASKED)
@@ -46,20 +46,20 @@ def _attend(
             there = visible_keys(place, there, padding, kv_len, PADDED)
         row = place.to(tl.int64)
         key = load_rows(key_base, row * key_row, there, DIM, WIDTH, MASKED)
-        scores = product(query, key, PRECISION, KEYS_ON_M)
+        scores = product(query, key, PRECISION, AXIS)
         if MASKED:
-            scores = forbid(scores, place, there, limit, CAUSAL, axis)
-        risen = tl.maximum(top, tl.max(scores, axis) * scale)
+            scores = forbid(scores, place, there, limit, CAUSAL, AXIS)
+        risen = tl.maximum(top, tl.max(scores, AXIS) * scale)
         shift = risen
         if MASKED:
             shift = tl.where(risen == -float("inf"), 0.0, risen)  # nothing seen so far
-        probs = tl.exp2(scores * scale - tl.expand_dims(shift, axis))
+        probs = tl.exp2(scores * scale - tl.expand_dims(shift, AXIS))
         fade = tl.exp2(top - shift)
-        total = total * fade + tl.sum(probs, axis)
+        total = total * fade + tl.sum(probs, AXIS)
         top = risen
         value = load_rows(value_base, row * value_row, there, VALUE_DIM, VALUE_WIDTH, MASKED)
-        acc = acc * tl.expand_dims(fade, axis)
-        acc = accumulate(acc, probs.to(value.dtype), value, PRECISION, KEYS_ON_M)
+        acc = acc * tl.expand_dims(fade, AXIS)
+        acc = accumulate(acc, probs.to(value.dtype), value, PRECISION, AXIS)
     return acc, total, top
 
 
@@ -73,7 +73,7 @@ def attention_forward(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     SPLIT: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, KEYS_ON_M: tl.constexpr,
+    CAUSAL: tl.constexpr, PADDED: tl.constexpr, AXIS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows. The first tiles of its list need no mask: all but ``margin`` keys
@@ -98,7 +98,7 @@ def attention_forward(
 
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    if KEYS_ON_M:
+    if AXIS == 0:
         acc = tl.zeros([VALUE_WIDTH, ROWS], tl.float32)
     else:
         acc = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
@@ -106,17 +106,17 @@ def attention_forward(
         acc, total, top, query, key_base, value_base, key_row, value_row, padding,
         indices + start, count, 0, whole, limit, kv_len, scale,
         BLOCK_K, TILE_K, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH,
-        CAUSAL, PADDED, KEYS_ON_M, PRECISION, STAGES, False,
+        CAUSAL, PADDED, AXIS, PRECISION, STAGES, False,
     )  # fmt: skip
     acc, total, top = _attend(
         acc, total, top, query, key_base, value_base, key_row, value_row, padding,
         indices + start, count, whole, tl.cdiv(count * BLOCK_K, TILE_K), limit, kv_len, scale,
         BLOCK_K, TILE_K, DIM, WIDTH, VALUE_DIM, VALUE_WIDTH,
-        CAUSAL, PADDED, KEYS_ON_M, PRECISION, STAGES, True,
+        CAUSAL, PADDED, AXIS, PRECISION, STAGES, True,
     )  # fmt: skip
 
     some = tl.where(total == 0.0, 1.0, total)
-    if KEYS_ON_M:
+    if AXIS == 0:
         out = tl.trans(acc / some[None, :])
     else:
         out = acc / some[:, None]
@@ -145,7 +145,8 @@ def forward(call: AttentionCall, *, lse: bool, importance: bool) -> ForwardResul
     attention_forward[launch.grid()](
         query, key, value, out, out if sums is None else sums,
         **strides(query=query, key=key, value=value),
-        **launch.arguments(), margin=_margin(call, launch.tiles.tile_q), HAS_LSE=sums is not None,
+        **launch.arguments(), margin=_margin(call, launch.tiles.tile_q),
+        HAS_LSE=sums is not None,
     )  # fmt: skip
     if not importance:
         return ForwardResult(out, sums, None, None)

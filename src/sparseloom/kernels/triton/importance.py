@@ -3,7 +3,8 @@
 A probability needs the final sum of its row, so this is a second pass over the scores, after the
 log-sum-exp is known. Each query block leaves one number per kept key; ``by_key`` adds them up.
 """
-# pyright: reportMissingParameterType=false
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -36,12 +37,10 @@ def column_sums(
     MASK_BATCH: tl.constexpr, MASK_GROUP: tl.constexpr, KEY_GROUP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     SPLIT: tl.constexpr, PACK: tl.constexpr, ROWS: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr, PADDED: tl.constexpr, KEYS_ON_M: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, CAUSAL: tl.constexpr, PADDED: tl.constexpr,
+    AXIS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The share of one query block in the sums of its kept keys."""
-    axis: tl.constexpr = 0 if KEYS_ON_M else 1  # of the keys, in scores
     unit, mask_row, block, part, head, position, there = owned_rows(
         order, first_unit, units, mask_heads, q_blocks, q_len,
         MASK_BATCH, MASK_GROUP, BLOCK_Q, TILE_Q, SPLIT, PACK, ROWS,
@@ -63,10 +62,10 @@ def column_sums(
         place, listed = tile_positions(indices + start, count, tile, BLOCK_K, TILE_K, True)
         seen = visible_keys(place, listed, padding, kv_len, PADDED)
         key = load_rows(key_base, place.to(tl.int64) * key_row, seen, DIM, WIDTH, True)
-        scores = product(query, key, PRECISION, KEYS_ON_M)
-        scores = forbid(scores, place, seen, limit, CAUSAL, axis)
-        probs = tl.exp2(scores * scale - tl.expand_dims(norm, axis))
-        sums = tl.sum(probs, 1 - axis)
+        scores = product(query, key, PRECISION, AXIS)
+        scores = forbid(scores, place, seen, limit, CAUSAL, AXIS)
+        probs = tl.exp2(scores * scale - tl.expand_dims(norm, AXIS))
+        sums = tl.sum(probs, 1 - AXIS)
         at = tile * TILE_K + tl.arange(0, TILE_K)
         at = ((slot + at // BLOCK_K) * SPLIT + part) * BLOCK_K + at % BLOCK_K
         tl.store(parts + at, sums, mask=listed)
@@ -82,9 +81,11 @@ def key_importance(
     batch, heads = query.shape[:2]
     block_k = call.block_size[1]
     parts = shares(launch, batch * heads, block_k)
+    arguments = launch.arguments()
+    del arguments["VALUE_DIM"], arguments["VALUE_WIDTH"]
     column_sums[launch.grid()](
         query, key, row_norms(lse), parts, starts,
-        **strides(query=query, key=key), **launch.arguments(),
+        **strides(query=query, key=key), **arguments,
     )  # fmt: skip
     kv_blocks = -(-call.kv_len // block_k)
     out = query.new_empty(batch * heads, kv_blocks, block_k, dtype=torch.float32)

@@ -1,7 +1,10 @@
 """Gradients of key blocks that fill a tile by themselves, over the key-major form of the mask."""
-# pyright: reportMissingParameterType=false
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -13,6 +16,7 @@ from sparseloom.kernels.triton.configs import key_tiles, width
 from sparseloom.kernels.triton.launch import (
     LOG2E,
     capability,
+    compiler_options,
     mask_arguments,
     precision,
     strides,
@@ -87,15 +91,15 @@ def backward_keys(
         for tile in tl.range(0, tl.cdiv(count * BLOCK_Q, TILE_Q), num_stages=STAGES):
             at, listed = tile_positions(indices + start, count, tile, BLOCK_Q, TILE_Q, True)
             listed = listed & (at < q_len)
-            row = at.to(tl.int64)
-            query = load_rows(query_base, row * query_row, listed, DIM, WIDTH, True)
-            grad = load_rows(grad_base, row * grad_row, listed, VALUE_DIM, VALUE_WIDTH, True)
+            at64 = at.to(tl.int64)
+            query = load_rows(query_base, at64 * query_row, listed, DIM, WIDTH, True)
+            grad = load_rows(grad_base, at64 * grad_row, listed, VALUE_DIM, VALUE_WIDTH, True)
             norm = tl.load(norm_ptr + sums + at, mask=listed, other=float("inf"))
             centre = tl.load(centre_ptr + sums + at, mask=listed, other=0.0)
-            scores = product(key, query, PRECISION, False)
+            scores = product(key, query, PRECISION, 1)
             scores = forbid(scores, position, seen, at + (kv_len - q_len), CAUSAL, 0)
             probs = tl.exp2(scores * scale - norm[None, :])
-            steps = product(value, grad, PRECISION, False)
+            steps = product(value, grad, PRECISION, 1)
             if HAS_BIAS:
                 steps += bias[:, None]
             value_acc = tl.dot(probs.to(grad.dtype), grad, value_acc, input_precision=PRECISION)
@@ -138,29 +142,47 @@ def key_gradients(
         centre: of each row, what the gradient of a score is lessened by.
         bias: added to the gradient of the probabilities, per query head and key.
     """
+    arguments = key_arguments(call)
+    programs = call.key.shape[0] * arguments["kv_heads"] * arguments["kv_blocks"]
+    grads = key.new_empty(key.shape), value.new_empty(value.shape)
+    backward_keys[(programs * arguments["SPLIT"],)](
+        query, key, value, grad, norm, centre, centre if bias is None else bias, *grads,
+        **strides(query=query, key=key, value=value, grad=grad), **arguments,
+        HAS_BIAS=bias is not None,
+    )  # fmt: skip
+    return grads
+
+
+def key_arguments(call: AttentionCall) -> dict[str, Any]:
+    """What the kernel takes beside its tensors and their strides."""
     assert call.indices is not None
     assert call.offsets is not None
     form = key_major(call.indices, call.offsets, call.block_size, call.q_len, call.kv_len)
+    dims = call.query.shape[3], call.value.shape[3]
     block_k = call.block_size[1]
-    dims = query.shape[3], value.shape[3]
-    tiles = key_tiles(block_k, max(map(width, dims)), query.dtype, capability(query))
-    split = -(-block_k // tiles.tile_k)
-    batch, kv_heads, kv_len, _ = key.shape
-    kv_blocks = form.offsets.shape[2] - 1
-    grads = key.new_empty(key.shape), value.new_empty(value.shape)
+    tiles = key_tiles(block_k, max(map(width, dims)), call.query.dtype, capability(call.query))
     mask = {**mask_arguments(call), "indices": form.indices, "offsets": form.offsets}
     del mask["q_blocks"]
-    backward_keys[(batch * kv_heads * kv_blocks * split,)](
-        query, key, value, grad, norm, centre, centre if bias is None else bias, *grads,
-        **strides(query=query, key=key, value=value, grad=grad), **mask,
-        order=_longest_first(call, form.offsets), kv_heads=kv_heads, kv_blocks=kv_blocks,
-        scale=call.scale * LOG2E, plain_scale=call.scale, KEY_GROUP=call.groups,
-        TILE_Q=tiles.tile_q, TILE_K=tiles.tile_k, SPLIT=split, ROWS=tiles.rows,
-        DIM=dims[0], WIDTH=width(dims[0]), VALUE_DIM=dims[1], VALUE_WIDTH=width(dims[1]),
-        PRECISION=precision(), STAGES=tiles.stages, HAS_BIAS=bias is not None,
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-    return grads
+    return {
+        **mask,
+        "order": _longest_first(call, form.offsets),
+        "kv_heads": call.key.shape[1],
+        "kv_blocks": form.offsets.shape[2] - 1,
+        "scale": call.scale * LOG2E,
+        "plain_scale": call.scale,
+        "KEY_GROUP": call.groups,
+        "TILE_Q": tiles.tile_q,
+        "TILE_K": tiles.tile_k,
+        "SPLIT": -(-block_k // tiles.tile_k),
+        "ROWS": tiles.rows,
+        "DIM": dims[0],
+        "WIDTH": width(dims[0]),
+        "VALUE_DIM": dims[1],
+        "VALUE_WIDTH": width(dims[1]),
+        "PRECISION": precision(),
+        "STAGES": tiles.stages,
+        **compiler_options(tiles),
+    }
 
 
 def _longest_first(call: AttentionCall, offsets: Tensor) -> Tensor:

@@ -24,13 +24,13 @@ class Launch(NamedTuple):
     order: Tensor
 
     @classmethod
-    def make(cls, call: AttentionCall, choose: Callable[..., Tiles], *, pack: bool = True) -> Launch:
+    def make(
+        cls, call: AttentionCall, choose: Callable[..., Tiles], *, pack: bool = True
+    ) -> Launch:
         """``choose`` is one of the functions in ``configs``; ``pack`` allows heads to share."""
         assert call.indices is not None
         assert call.offsets is not None
-        call = call._replace(
-            indices=call.indices.contiguous(), offsets=call.offsets.contiguous()
-        )
+        call = call._replace(indices=call.indices.contiguous(), offsets=call.offsets.contiguous())
         assert call.offsets is not None
         # Aligned runs of this many query heads have both keys and mask in common.
         shared = math.gcd(call.groups, call.query.shape[1] // call.offsets.shape[1])
@@ -77,12 +77,16 @@ class Launch(NamedTuple):
             "WIDTH": width(dims[0]),
             "VALUE_DIM": dims[1],
             "VALUE_WIDTH": width(dims[1]),
-            "KEYS_ON_M": tiles.keys_on_m,
+            "AXIS": 0 if tiles.keys_on_m else 1,
             "PRECISION": precision(),
             "STAGES": tiles.stages,
-            "num_warps": tiles.warps,
-            "num_stages": tiles.stages,
+            **compiler_options(tiles),
         }
+
+
+def compiler_options(tiles: Tiles) -> dict[str, Any]:
+    """What Triton itself takes at a launch."""
+    return {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
 
 def mask_arguments(call: AttentionCall) -> dict[str, Any]:

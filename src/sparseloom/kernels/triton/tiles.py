@@ -110,9 +110,7 @@ def visible_keys(key, there, padding, kv_len, PADDED: tl.constexpr):
 
 
 @triton.jit
-def load_rows(
-    base, offset, there, DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
-):
+def load_rows(base, offset, there, DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
     """``WIDTH`` numbers from each ``base + offset``, 0 past ``DIM`` and where nothing is there."""
     column = tl.arange(0, WIDTH)[None, :]
     at = base + offset[:, None] + column
@@ -128,27 +126,25 @@ def load_rows(
 
 
 @triton.jit
-def product(left, right, PRECISION: tl.constexpr, SWAP: tl.constexpr):
-    """``left @ rightᵀ``, or transposed: ``right @ leftᵀ``."""
-    if SWAP:
+def product(left, right, PRECISION: tl.constexpr, AXIS: tl.constexpr):
+    """``left @ rightᵀ``, the keys (right) on axis 1, or transposed: ``right @ leftᵀ``."""
+    if AXIS == 0:
         return tl.dot(right, tl.trans(left), input_precision=PRECISION)
     else:
         return tl.dot(left, tl.trans(right), input_precision=PRECISION)
 
 
 @triton.jit
-def accumulate(acc, weights, rows, PRECISION: tl.constexpr, SWAP: tl.constexpr):
-    """``acc + weights @ rows``, or with all three transposed."""
-    if SWAP:
+def accumulate(acc, weights, rows, PRECISION: tl.constexpr, AXIS: tl.constexpr):
+    """``acc + weights @ rows``, the keys on axis 1 of the weights, or all three transposed."""
+    if AXIS == 0:
         return tl.dot(tl.trans(rows), weights, acc, input_precision=PRECISION)
     else:
         return tl.dot(weights, rows, acc, input_precision=PRECISION)
 
 
 @triton.jit
-def forbid(
-    scores, key, there, limit, CAUSAL: tl.constexpr, AXIS: tl.constexpr
-):
+def forbid(scores, key, there, limit, CAUSAL: tl.constexpr, AXIS: tl.constexpr):
     """Scores with −inf where the key is not there, or after the row's ``limit``.
 
     ``AXIS`` of the scores holds the keys.
