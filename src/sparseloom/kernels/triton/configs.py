@@ -78,11 +78,9 @@ def forward_tiles(
     tiles = _tiles(
         block_q, shared_heads, most=64 if wide else 128, tile_k=KEYS // 2 if wide else KEYS
     )
-    return dataclasses.replace(
-        tiles,
-        warps=8 if tiles.rows * dim > 64 * 128 else 4,
-        stages=5 if _fits(tiles, dim, 3, capability) else 3,
-    )
+    warps = 8 if tiles.rows * dim > 64 * 128 else 4
+    deep = _fits(tiles, dim, 3, capability, programs=8 // warps)
+    return dataclasses.replace(tiles, warps=warps, stages=5 if deep else 3)
 
 
 def backward_tiles(
@@ -124,7 +122,7 @@ def _tiles(
     return Tiles(tile_q, tile_k, pack, rows, warps, stages)
 
 
-def _fits(tiles: Tiles, dim: int, buffers: int, capability: int) -> bool:
+def _fits(tiles: Tiles, dim: int, buffers: int, capability: int, programs: int = 1) -> bool:
     """Whether so many 2-byte key and value tiles, and the queries, fit the shared memory."""
-    need = 2 * dim * (2 * tiles.tile_k * buffers + tiles.rows) + 2048
-    return need <= 1024 * SHARED_BYTES.get(capability, 99)
+    need = 2 * dim * (2 * tiles.tile_k * buffers + tiles.rows) + 1024
+    return programs * need <= 1024 * SHARED_BYTES.get(capability, 99)
