@@ -26,8 +26,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparseloom import files
-from sparseloom.kernels import available_backends
-from sparseloom.kernels.cpu import predict
+from sparseloom.kernels import available_backends, prediction
 from sparseloom.methods.base import AttentionInputs, AttentionShape, Selector, Work
 from sparseloom.results import machine_facts
 
@@ -123,7 +122,7 @@ def pays(method: Selector, inputs: AttentionInputs) -> bool:
     dtype = _dtype_of(inputs)
     if table is None or dtype not in table.dense or inputs.query.shape[2] < MINIMUM_QUERIES:
         return False
-    unsupported = predict.unsupported(work.bits, work.width, inputs.query.device)
+    unsupported = prediction.unsupported(work.bits, work.width, inputs.query.device)
     if unsupported is not None or not work.compiled:
         return False
     if not all(_fit(work.block_size, known) for known in (table.attend[dtype], table.select)):

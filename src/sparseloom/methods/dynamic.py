@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from sparseloom.kernels.cpu import predict
+from sparseloom.kernels import prediction
 from sparseloom.mask import SparseMask
 from sparseloom.methods.base import AttentionInputs, AttentionShape, Work
 from sparseloom.methods.coding import BITS, Coded
@@ -137,8 +137,9 @@ class DynamicSparse(Predicting):
         """
         layer = self._layer(inputs)
         q, keys = self._codes(layer, inputs)
-        unsupported = predict.unsupported(self.bits, layer.width, q.codes.device)
-        if unsupported is not None or not self._is_compiled:
+        device = q.codes.device
+        unsupported = prediction.unsupported(self.bits, layer.width, device)
+        if unsupported is not None or not self._is_compiled(device.type):
             return self.mask_from_scores(layer.score_rows(q, keys), inputs)
         if self.selection == "threshold":
             return threshold_of_codes(
@@ -148,6 +149,7 @@ class DynamicSparse(Predicting):
                 block_size=self.block_size,
                 is_causal=inputs.is_causal,
                 key_padding=inputs.key_padding,
+                bits=self.bits,
             )
         return topk_of_codes(
             q,
@@ -159,6 +161,8 @@ class DynamicSparse(Predicting):
             key_padding=inputs.key_padding,
             query_padding=inputs.query_padding,
             pooling=self.pooling,
+            bits=self.bits,
+            tile=self.tile,
         )
 
     def predicted_scores(self, inputs: AttentionInputs) -> Scores:
@@ -223,7 +227,7 @@ class DynamicSparse(Predicting):
             minimum_keys=self.minimum_keys,
         )
         width = self.predictor.width
-        return Work(self.block_size, kept, width, self.bits, self._is_compiled)
+        return Work(self.block_size, kept, width, self.bits, self._is_compiled("cpu"))
 
     def prediction_macs(self, shape: AttentionShape) -> int:
         """Multiply-accumulates at `bits` width: q_len·d·2k of X·P·W̃ for the new tokens, and width
@@ -299,11 +303,11 @@ class DynamicSparse(Predicting):
 
     # ------------------------------------------------------------------ private
 
-    @property
-    def _is_compiled(self) -> bool:
-        """Whether the C++ backend knows the rule of selection; the predictor is another matter."""
-        plain = self.selection != "balanced" and self.tile is None
-        return plain and self.mask_heads == "query"
+    def _is_compiled(self, device: str) -> bool:
+        """Whether the backend of such a device knows the rule of selection; the predictor is
+        another matter."""
+        local = self.tile is not None and device == "cpu"
+        return self.selection != "balanced" and not local and self.mask_heads == "query"
 
     def _check_tile(self) -> None:
         if self.tile is None:

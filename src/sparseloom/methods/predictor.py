@@ -25,7 +25,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sparseloom.kernels.cpu.predict import Weights
 from sparseloom.methods.coding import BITS, Coded, column_scale, fixed_scale, row_scale, to_codes
 from sparseloom.methods.learned import load_weights, read_sizes
 from sparseloom.methods.predictor_keys import PredictorKeys
@@ -87,7 +86,7 @@ class LayerPredictor(nn.Module):
         self.register_buffer("key_scale", torch.ones(heads))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self._kept: tuple[tuple[object, ...], Coded] | None = None
-        self.packed: tuple[Coded, Weights] | None = None  # what `compiled.py` made of `_fused`
+        self.packed: tuple[Coded, Any] | None = None  # what `compiled.py` made of `_fused`
 
     # ------------------------------------------------------------------ use
 

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparseloom.kernels import prediction
 from sparseloom.kernels.cpu import native, predict
 from sparseloom.mask import SparseMask
 from sparseloom.methods import AttentionInputs, DynamicSparse, Predictor
@@ -316,11 +317,11 @@ def test_select_is_the_whole_path(selection: str) -> None:
 
 def test_what_is_not_supported_is_said() -> None:
     cpu = torch.device("cpu")
-    assert predict.unsupported(4, 16, cpu) is None
-    assert predict.unsupported(8, 260, cpu) is None
-    assert "below 261" in str(predict.unsupported(8, 261, cpu))
-    assert "not quantised" in str(predict.unsupported(32, 16, cpu))
-    assert "meta" in str(predict.unsupported(4, 16, torch.device("meta")))
+    assert prediction.unsupported(4, 16, cpu) is None
+    assert prediction.unsupported(8, 260, cpu) is None
+    assert "below 261" in str(prediction.unsupported(8, 261, cpu))
+    assert "not quantised" in str(prediction.unsupported(32, 16, cpu))
+    assert "meta" in str(prediction.unsupported(4, 16, torch.device("meta")))
 
 
 def test_scratch_is_of_the_order_of_the_keys(tier: str) -> None:

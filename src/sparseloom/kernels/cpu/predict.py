@@ -19,28 +19,11 @@ from jaxtyping import Bool, Float, Int8, Int32, Int64
 from torch import Tensor
 
 from sparseloom.kernels.cpu import native
+from sparseloom.kernels.prediction import Blocks, Codes, Encoded, Rotation, offsets_of
 
 POOLINGS = {"mass": 1, "max": 2, "mean": 3}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PANEL = 16
-_EXACT = 1 << 22  # integers that keep their order as fp32 numbers times any scale
-
-
-def unsupported(bits: int, width: int, device: torch.device) -> str | None:
-    """Why codes of `width` columns and `bits` cannot be predicted from here (None: they can)."""
-    reason = native.missing_reason()
-    if reason is not None:
-        return f"the C++ backend is missing: {reason}"
-    if device.type != "cpu":
-        return f"tensors are on {device}, not on the CPU"
-    if bits > 8:
-        return "there are no codes to multiply: the predictor is not quantised"
-    most = 2 ** (bits - 1) - 1
-    if most * most * width >= _EXACT:
-        return f"width must be below {_EXACT // (most * most) + 1} at {bits} bits, got {width}"
-    if torch.compiler.is_compiling():
-        return "torch.compile traces the call"
-    return None
 
 
 class Weights(NamedTuple):
@@ -62,23 +45,6 @@ def pack_weights(
     panels = wide.to(torch.int8).view(padded // 4, 4, -1, _PANEL).permute(2, 0, 3, 1).contiguous()
     sums = (128 * wide.sum(0)).to(torch.int32)
     return Weights(panels, sums, scale.contiguous(), depth)
-
-
-class Encoded(NamedTuple):
-    """Codes of q̃ and k̃, and the scale of each row of q̃, with its 1/√width."""
-
-    q: Int8[Tensor, "batch heads length width"]
-    k: Int8[Tensor, "batch heads length width"]
-    q_scale: Float[Tensor, "batch heads length 1"]
-    scratch_bytes: int
-
-
-class Rotation(NamedTuple):
-    """The model's cos and sin at the positions, and which frequencies the predictor takes."""
-
-    cos: Float[Tensor, "#batch length rotary_dim"]
-    sin: Float[Tensor, "#batch length rotary_dim"]
-    chosen: Int64[Tensor, " pairs"]
 
 
 def encode(
@@ -149,27 +115,6 @@ def encode(
     return Encoded(q, k, q_scale, scratch) if finite else None
 
 
-class Codes(NamedTuple):
-    """Queries and keys of a call as codes; a score is q·k times both scales."""
-
-    q: Int8[Tensor, "batch heads q_len width"]
-    q_scale: Float[Tensor, "batch heads q_len 1"]
-    k: Int8[Tensor, "batch heads kv_len width"]
-    k_scale: Float[Tensor, " heads"]
-
-
-class Blocks(NamedTuple):
-    """Which pairs compete, in which blocks, and what each query block has to keep
-    (`methods/grid.py` has the meaning of the last three)."""
-
-    block_size: tuple[int, int]
-    is_causal: bool
-    key_padding: Bool[Tensor, "#batch kv_len"] | None
-    visible: Int64[Tensor, "#batch q_blocks"]
-    budget: Int64[Tensor, "#batch q_blocks"]
-    diagonal: Int64[Tensor, "q_blocks 2"]
-
-
 def top_keys(
     codes: Codes,
     blocks: Blocks,
@@ -177,12 +122,14 @@ def top_keys(
     *,
     pooling: str,
     voters: Bool[Tensor, "#batch q_len"] | None = None,
+    total: int | None = None,
 ) -> tuple[Int32[Tensor, " nnz"], int]:
     """The best key blocks of each query block, `blocks.budget` of them, and the bytes of scratch.
 
     Ties go to the lowest key.  Pooled scores may differ from the reference by rounding.
+    `total` is the last of the offsets, where it is known.
     """
-    out = torch.empty(int(offsets[-1, -1, -1]), dtype=torch.int32)
+    out = torch.empty(int(offsets[-1, -1, -1]) if total is None else total, dtype=torch.int32)
     rule = 0 if blocks.block_size == (1, 1) else POOLINGS[pooling]
     return out, _run(codes, blocks, rule, voters, offsets=offsets, out=out)
 
@@ -216,14 +163,6 @@ def keys_above(
     out = torch.empty(int(offsets[-1, -1, -1]), dtype=torch.int32)
     scratch = _run(codes, blocks, 0, None, thresholds=level, offsets=offsets, out=out)
     return out, offsets, scratch
-
-
-def offsets_of(
-    counts: Int64[Tensor, "batch heads rows"],
-) -> Int64[Tensor, "batch heads rows_plus_1"]:
-    """Absolute places of rows of these lengths, one after the other."""
-    ends = counts.reshape(-1).cumsum(0).view(counts.shape)
-    return torch.cat([ends[..., :1] - counts[..., :1], ends], -1)
 
 
 def _run(
