@@ -259,7 +259,7 @@ def test_softmax_error_is_at_most_half_the_score_error() -> None:
         (
             {"backend": "flex"},
             ValueError,
-            r"unknown backend 'flex'.*\(there is: auto, cpu, reference",
+            r"unknown backend 'flex'.*\(there is: auto, cpu, triton, reference",
         ),
         ({"keep": torch.zeros(2, 1, 4)}, TypeError, "keep must hold integers, got torch.float32"),
         (

@@ -8,12 +8,15 @@ What SpAtten (HPCA 2021) does to one decoding step, each part optional:
   computed once more with the low bits (``progressive``, §III-D);
 - only the largest probabilities read their values (``value_keep``, §III-C).
 
-The arithmetic is in ``decode_reference``, its C++ form in ``kernels/cpu``.
+The arithmetic is in ``decode_reference``, its C++ form in ``kernels/cpu``, its form for GPUs in
+``kernels/triton``.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
+from types import ModuleType
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,14 +24,15 @@ from torch import Tensor
 
 from sparseloom.errors import unknown_name
 from sparseloom.kernels import decode_reference as reference
+from sparseloom.kernels import triton
 from sparseloom.kernels.api import check_inputs, check_key_padding
 from sparseloom.kernels.cpu import decode as cpu
-from sparseloom.kernels.cpu.decode import DecodeCall
+from sparseloom.kernels.decode_call import DecodeCall, DecodeResult
 from sparseloom.kernels.decode_reference import DecodeOutput, DecodeStats, wrong_position
 from sparseloom.kernels.planes import PlaneCache
 
 MAXIMUM_QUERIES = 16
-BACKENDS = ("auto", "cpu", "reference")
+BACKENDS = ("auto", "cpu", "triton", "reference")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -79,8 +83,9 @@ def decode_attention(
             (0 for keys not read), and Σ|out| per head.
         return_stats: also return how many keys and values each row read, and whether it
             fetched the low bits.
-        backend: "cpu" (C++: no gradients, fp32, bf16 or fp16), "reference" (plain PyTorch), or
-            "auto", which takes "cpu" where it can.
+        backend: "cpu" (C++) or "triton" (NVIDIA GPUs), both without gradients, in fp32, bf16 or
+            fp16; "reference" (plain PyTorch); or "auto", which takes the one for the device of
+            the tensors where it can, else "reference".
 
     Returns:
         (batch, heads, q_len, value_dim) in the dtype of the inputs, or a ``DecodeOutput`` if
@@ -90,7 +95,7 @@ def decode_attention(
         TypeError: a dtype is wrong.
         ValueError: a shape or a value does not fit.
         IndexError: ``keep`` names a key that is not in the cache.
-        NotImplementedError: backend "cpu" cannot run this call, here or anywhere.
+        NotImplementedError: the named backend cannot run this call, here or anywhere.
     """
     if backend not in BACKENDS:
         raise unknown_name("backend", backend, BACKENDS)
@@ -112,13 +117,27 @@ def decode_attention(
         query, key, value, planes, keep, value_keep, progressive, renormalise, is_causal,
         key_padding, scale, return_importance, return_stats,
     )  # fmt: skip
-    if backend != "reference":
-        refusal = cpu.refusal(call)
-        if refusal is None:
-            return _from_cpu(call)
-        if backend == "cpu":
-            raise NotImplementedError(f"backend 'cpu' cannot run this call: {refusal}")
-    return reference.decode(call)
+    if backend == "auto":
+        backend = "triton" if query.is_cuda else "cpu"
+        module, refused = _compiled(backend, call)
+        return reference.decode(call) if refused is not None else _from(module, call)
+    if backend == "reference":
+        return reference.decode(call)
+    module, refused = _compiled(backend, call)
+    if refused is not None:
+        raise NotImplementedError(f"backend {backend!r} cannot run this call: {refused}")
+    return _from(module, call)
+
+
+def _compiled(backend: str, call: DecodeCall) -> tuple[ModuleType, str | None]:
+    """The module of a compiled backend, and why it cannot run this call (None: it can)."""
+    if backend == "cpu":
+        return cpu, cpu.refusal(call)
+    missing = triton.unavailable()
+    if missing is not None:
+        return triton, missing
+    module = importlib.import_module("sparseloom.kernels.triton.decode")
+    return module, module.refusal(call)
 
 
 def _plainly_fits(
@@ -161,8 +180,8 @@ def _stand_ins(query: Tensor, planes: PlaneCache) -> tuple[Tensor, Tensor]:
     return planes.stand_ins(dtype)
 
 
-def _from_cpu(call: DecodeCall) -> Tensor | DecodeOutput:
-    result = cpu.decode(call)
+def _from(module: ModuleType, call: DecodeCall) -> Tensor | DecodeOutput:
+    result: DecodeResult | int = module.decode(call)
     if isinstance(result, int):
         assert call.keep is not None
         raise wrong_position(call.keep, result, call.kv_len)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from sparseloom.kernels.common import accumulation_dtype, fold_groups, unfold_groups
-from sparseloom.kernels.cpu.decode import DecodeCall
+from sparseloom.kernels.decode_call import DecodeCall
 from sparseloom.kernels.planes import PlaneCache
 
 

@@ -65,16 +65,17 @@ def encode_to_codes(
         rotation = prediction.Rotation(*rotary, layer.frequencies(rotary[0]))
     scale = layer.key_scale if key_scale is None else key_scale
     backend = prediction.backend(hidden.device)
-    coded = backend.encode(
-        hidden,
-        _packed(layer, backend),
-        bits=layer.bits,
-        heads=layer.heads,
-        width=layer.width,
-        input_scale=layer.input_scale if hidden.is_cuda else layer.input_scale.item(),
-        key_scale=scale.reshape(-1),
-        rotation=rotation,
-    )
+    with torch.cuda.device_of(hidden):
+        coded = backend.encode(
+            hidden,
+            _packed(layer, backend),
+            bits=layer.bits,
+            heads=layer.heads,
+            width=layer.width,
+            input_scale=layer.input_scale if hidden.is_cuda else layer.input_scale.item(),
+            key_scale=scale.reshape(-1),
+            rotation=rotation,
+        )
     if coded is None:
         return None
     return Coded(coded.q, coded.q_scale), Coded(coded.k, scale.reshape(1, -1, 1, 1))
@@ -121,15 +122,16 @@ def topk_of_codes(
         plan = _plan(*sizes, key_padding.to(device), *rule)
         offsets = plan.offsets
     local = {} if plan.tile is None else {"tile": plan.tile, "shares": plan.shares}
-    indices, _ = prediction.backend(device).top_keys(
-        _codes(q, k, bits),
-        plan.blocks,
-        offsets,
-        pooling=pooling,
-        voters=None if block_size == (1, 1) else query_padding,
-        total=plan.total,
-        **local,
-    )
+    with torch.cuda.device_of(q.codes):
+        indices, _ = prediction.backend(device).top_keys(
+            _codes(q, k, bits),
+            plan.blocks,
+            offsets,
+            pooling=pooling,
+            voters=None if block_size == (1, 1) else query_padding,
+            total=plan.total,
+            **local,
+        )
     return _mask(indices, offsets, sizes)
 
 
@@ -152,9 +154,10 @@ def threshold_of_codes(
     blocks = prediction.Blocks(
         block_size, is_causal, padding, grid.visible, grid.budget(0.0, 1), grid.diagonal
     )
-    indices, offsets, _ = prediction.backend(device).keys_above(
-        _codes(q, k, bits), blocks, thresholds
-    )
+    with torch.cuda.device_of(q.codes):
+        indices, offsets, _ = prediction.backend(device).keys_above(
+            _codes(q, k, bits), blocks, thresholds
+        )
     return _mask(indices, offsets, sizes)
 
 

@@ -24,7 +24,7 @@ from sparseloom.methods.selection import threshold_mask, topk_mask
 
 POOLINGS = ("mass", "max", "mean")
 few = settings(
-    max_examples=5,
+    max_examples=4,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -43,21 +43,23 @@ def on_triton(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 def codes_of(
-    device: torch.device, q_len: int, kv_len: int, width: int, bits: int, seed: int, batch: int = 2
+    device: torch.device, q_len: int, kv_len: int, width: int, bits: int, seed: int
 ) -> tuple[Coded, Coded]:
-    """Random codes, as the predictor makes them, with scores of a few units."""
+    """Random codes, as the predictor makes them, with scores of a few units: two batch entries
+    with odd seeds, two heads with even ones."""
+    batch, heads = (2, 1) if seed % 2 else (1, 2)
     generator = torch.Generator().manual_seed(seed)
     most = 2 ** (bits - 1) - 1
     spread = max(1.0, most / 2.5)
 
     def draw(length: int) -> Tensor:
-        normal = torch.randn(batch, 2, length, width, generator=generator)
+        normal = torch.randn(batch, heads, length, width, generator=generator)
         return (normal * spread).round().clamp(-most, most).to(device)
 
     rows = 2.0 / (math.sqrt(width) * spread**2) * (
-        0.5 + torch.rand(batch, 2, q_len, 1, generator=generator)
+        0.5 + torch.rand(batch, heads, q_len, 1, generator=generator)
     )  # fmt: skip
-    per_head = 0.5 + torch.rand(1, 2, 1, 1, generator=generator)
+    per_head = 0.5 + torch.rand(1, heads, 1, 1, generator=generator)
     return Coded(draw(q_len), rows.to(device)), Coded(draw(kv_len), per_head.to(device))
 
 
@@ -77,16 +79,17 @@ def valid(mask: SparseMask) -> SparseMask:
 
 
 @st.composite
-def cases(draw: st.DrawFn, sizes: tuple[int, int] = (14, 40)) -> dict[str, Any]:
+def cases(draw: st.DrawFn, sizes: tuple[int, int] = (3, 40)) -> dict[str, Any]:
     q_len, kv_len = draw(st.integers(1, sizes[0])), draw(st.integers(1, sizes[1]))
-    padding = None
+    padding, seed = None, draw(st.integers(0, 1000))
     if draw(st.booleans()):
         generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-        padding = torch.rand(draw(st.sampled_from([1, 2])), kv_len, generator=generator) < 0.6
+        rows = draw(st.sampled_from([1, 1 + seed % 2]))
+        padding = torch.rand(rows, kv_len, generator=generator) < 0.6
     return {
         "sizes": (q_len, kv_len, draw(st.sampled_from([1, 5, 16, 40]))),
         "bits": draw(st.sampled_from([2, 4, 8])),
-        "seed": draw(st.integers(0, 1000)),
+        "seed": seed,
         "is_causal": draw(st.booleans()),
         "padding": padding,
         "sparsity": draw(st.sampled_from([0.0, 0.5, 0.9])),
@@ -99,7 +102,8 @@ def _options(case: dict[str, Any], device: torch.device, **options: Any) -> dict
     padding, voters = case["padding"], None
     if case["voters"]:
         generator = torch.Generator().manual_seed(1)
-        voters = (torch.rand(2, case["sizes"][0], generator=generator) < 0.6).to(device)
+        rows = 1 + case["seed"] % 2
+        voters = (torch.rand(rows, case["sizes"][0], generator=generator) < 0.6).to(device)
     return {
         "sparsity": case["sparsity"],
         "minimum_keys": case["minimum_keys"],
@@ -110,7 +114,7 @@ def _options(case: dict[str, Any], device: torch.device, **options: Any) -> dict
     }
 
 
-@given(case=cases(), tile=st.sampled_from([None, 12]))
+@given(case=cases(), tile=st.sampled_from([None, 20]))
 @few
 def test_single_pairs_are_exactly_those_of_the_reference(
     case: dict[str, Any], tile: int | None, device: torch.device
@@ -122,11 +126,11 @@ def test_single_pairs_are_exactly_those_of_the_reference(
 
 
 @given(
-    case=cases((40, 70)),
+    case=cases((17, 50)),
     block_size=st.sampled_from([(8, 1), (64, 1), (5, 2), (16, 16)]),
     pooling=st.sampled_from(POOLINGS),
 )
-@settings(few, max_examples=12)
+@settings(few, max_examples=7)
 def test_blocks_are_those_of_the_reference_but_for_rounding(
     case: dict[str, Any], block_size: tuple[int, int], pooling: Any, device: torch.device
 ) -> None:
@@ -154,13 +158,13 @@ def test_blocks_are_those_of_the_reference_but_for_rounding(
         assert float(lost.max() - gained.min()) <= 1e-5 * max(1.0, float(lost.abs().max()))
 
 
-@given(case=cases((20, 40)), block_size=st.sampled_from([(1, 1), (8, 1), (5, 2)]))
+@given(case=cases((6, 40)), block_size=st.sampled_from([(1, 1), (8, 1), (5, 2)]))
 @few
 def test_thresholds_keep_the_pairs_of_the_reference(
     case: dict[str, Any], block_size: tuple[int, int], device: torch.device
 ) -> None:
     q, k = codes_of(device, *case["sizes"], case["bits"], case["seed"])
-    level = torch.tensor([0.4, 1e9])  # all but the best stay away from the second head
+    level = torch.tensor([0.4, 1e9][: q.codes.shape[1]])  # the second head keeps the best alone
     options = _options(case, device)
     options = {name: options[name] for name in ("is_causal", "key_padding")}
     got = compiled.threshold_of_codes(
@@ -171,7 +175,8 @@ def test_thresholds_keep_the_pairs_of_the_reference(
 
 @pytest.mark.parametrize("block_size", [(1, 1), (8, 1)])
 def test_ties_go_to_the_lowest_key(block_size: tuple[int, int], device: torch.device) -> None:
-    q = Coded(torch.ones(1, 1, 8, 16), torch.ones(1, 1, 8, 1))
+    rows = 2 if block_size == (1, 1) else 8
+    q = Coded(torch.ones(1, 1, rows, 16), torch.ones(1, 1, rows, 1))
     k = Coded(torch.zeros(1, 1, 300, 16), torch.ones(1, 1, 1, 1))
     k.codes[:, :, 100:170, 0] = 1
     q, k = (Coded(*(part.to(device) for part in side)) for side in (q, k))
@@ -215,7 +220,7 @@ class _Largest(TorchDispatchMode):
 def test_no_tensor_is_as_large_as_the_scores(pooling: Any, device: torch.device) -> None:
     from sparseloom.kernels.triton import chunks
 
-    q, k = codes_of(device, 512, 512, 16, 4, 0, batch=1)
+    q, k = codes_of(device, 256, 512, 16, 4, 0)
     q, k = Coded(q.codes[:, :1], q.scale[:, :1]), Coded(k.codes[:, :1], k.scale[:, :1])
     with _Largest() as largest:
         mask = compiled.topk_of_codes(
@@ -233,7 +238,7 @@ def test_no_tensor_is_as_large_as_the_scores(pooling: Any, device: torch.device)
     linear = 4 * 16 * 512  # codes of queries or keys, at most in fp32
     ranks = chunks.RANK_BYTES
     assert largest.bytes <= max(linear, ranks, 4 * mask.nnz, 8 * 512)
-    assert largest.bytes < 512 * 512 // 4  # a quarter byte for each score
+    assert largest.bytes < 256 * 512 // 2  # half a byte for each score
 
 
 def _layer(bits: int, width: int, hidden_size: int, rotary: bool) -> LayerPredictor:
@@ -293,7 +298,7 @@ def test_fp8_gives_the_same_codes_and_keys_or_says_why_not(
 ) -> None:
     from sparseloom.kernels.triton import arithmetic
 
-    q, k = codes_of(device, 4, 30, 16, 4, 0, batch=1)
+    q, k = codes_of(device, 4, 30, 16, 4, 0)
     common: dict[str, Any] = {
         "sparsity": 0.5,
         "minimum_keys": 1,

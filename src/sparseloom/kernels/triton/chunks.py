@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparseloom.kernels.triton.rank import Pairs
+from sparseloom.kernels.triton.products import Pairs
 from sparseloom.kernels.triton.select import Levels, Rows, scratch_bytes
 
 RANK_BYTES = 1 << 26

@@ -35,7 +35,7 @@ def launches_of(call: Callable[[], object]) -> Iterator[Launch]:
     seen: set[str] = set()
     found: list[Launch] = []
 
-    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:  # noqa: ARG001
         launch = _launch(kernel, args, options)
         key = repr((kernel.fn.__qualname__, *launch[1:]))
         if key not in seen:

@@ -1,4 +1,6 @@
 """Mean codes of blocks: their product is the mean of the scores of a block of pairs."""
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -7,6 +9,8 @@ import triton
 import triton.language as tl
 from jaxtyping import Bool, Float32, Int8
 from torch import Tensor
+
+from sparseloom.kernels.triton.sizes import power_of_two
 
 _BLOCKS = 16  # that a program averages
 
@@ -24,7 +28,7 @@ def block_means(
     entry = 0 if counted is None or counted.shape[0] == 1 else length
     _block_means[(-(-blocks // _BLOCKS), batch * heads)](
         codes, scale, None if counted is None else counted.view(torch.uint8), means, heads,
-        length, blocks, entry, WIDTH=width, DEPTH=triton.next_power_of_2(width), BLOCK=block,
+        length, blocks, entry, WIDTH=width, DEPTH=power_of_two(width), BLOCK=block,
         SCALED=scale is not None, PADDED=counted is not None, BLOCKS=_BLOCKS, num_warps=4,
     )  # fmt: skip
     return means

@@ -20,15 +20,10 @@ from sparseloom.kernels.prediction import Blocks, Codes, offsets_of
 from sparseloom.kernels.triton import arithmetic, select
 from sparseloom.kernels.triton.chunks import Chunks
 from sparseloom.kernels.triton.means import block_means
+from sparseloom.kernels.triton.products import Pairs
 from sparseloom.kernels.triton.project import Weights, encode, pack_weights
-from sparseloom.kernels.triton.rank import (
-    Pairs,
-    best_keys,
-    flag_blocks,
-    rank_blocks,
-    rank_products,
-    row_stats,
-)
+from sparseloom.kernels.triton.rank import flag_blocks, rank_blocks, rank_products
+from sparseloom.kernels.triton.row_stats import best_keys, row_stats
 
 __all__ = ["Weights", "encode", "keys_above", "pack_weights", "top_keys"]
 

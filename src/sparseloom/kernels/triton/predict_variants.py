@@ -3,32 +3,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from sparseloom.kernels.prediction import Blocks, Codes, Rotation, offsets_of
-from sparseloom.kernels.triton import arithmetic, predict
+from sparseloom.kernels.triton import arithmetic, predict, select
 from sparseloom.kernels.triton.launches import launches_of
 
 _HEADS, _WIDTH, _LENGTH, _HIDDEN = 2, 32, 1024, 256
 
 
 def compiled_variants() -> Iterator[tuple[Any, ...]]:
-    """Every kernel of the module's functions as they launch it (``compile_report.Variant``)."""
-    for kind, archs in (("int8", (80, 90)), ("fp8", (90,))):
-        with arithmetic.use_arithmetic(kind):
-            for launch in launches_of(_encode):
-                yield f"encode {kind}{launch.kernel.fn.__name__}", *launch, archs
-            for pooling, block in (("", (1, 1)), ("mass", (64, 1)), ("max", (8, 1))):
-                for launch in launches_of(lambda p=pooling, b=block: _top(p, b)):
-                    name = f"{pooling} {block[0]}x{block[1]} {kind}{launch.kernel.fn.__name__}"
-                    yield f"top-k {name}", *launch, archs
-    for launch in launches_of(lambda: _top("mean", (64, 1))):
-        yield f"top-k mean 64x1{launch.kernel.fn.__name__}", *launch, (80, 90)
-    for launch in launches_of(_above):
-        yield f"threshold 8x1{launch.kernel.fn.__name__}", *launch, (80, 90)
+    """The kernels of the module's functions as they launch them (``compile_report.Variant``)."""
+    yield from _named("encode", (80, 90), _encode)
+    yield from _named("top-k 1x1", (80, 90), lambda: _top("mass", (1, 1)))
+    for pooling in ("mass", "max", "mean"):
+        for variant in _named(
+            f"top-k {pooling} 64x1", (80, 90), lambda p=pooling: _top(p, (64, 1))
+        ):
+            if pooling == "mass" or variant[1].__module__ != select.__name__:  # all select alike
+                yield variant
+    yield from _named("top-k mass 8x1", (80, 90), lambda: _top("mass", (8, 1)), "_rank_blocks")
+    yield from _named("threshold 8x1", (80, 90), _above)
+    with arithmetic.use_arithmetic("fp8"):
+        yield from _named("encode fp8", (90,), _encode, "_product")
+        yield from _named("top-k 1x1 fp8", (90,), lambda: _top("mass", (1, 1)), "_rank_products")
+
+
+def _named(
+    what: str, archs: tuple[int, ...], call: Callable[[], None], only: str = ""
+) -> Iterator[tuple[Any, ...]]:
+    for launch in launches_of(call):
+        digit, digits = (launch.constexprs.get(name, 1) for name in ("DIGIT", "DIGITS"))
+        if 0 < digit < digits - 1:
+            continue  # the first and the last are the extremes
+        name = launch.kernel.fn.__name__
+        if only in name:
+            part = f" digit {digit}" if "DIGIT" in launch.constexprs else ""
+            yield f"{what} {name.lstrip('_')}{part}", *launch, archs
 
 
 def _encode() -> None:

@@ -6,6 +6,8 @@ rounds (no fused multiply-add, correctly rounded division), so the codes are the
 
 Between them stand X's codes, a quarter to a half of X, and the products in fp32.
 """
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from sparseloom.kernels.prediction import Encoded, Rotation
 from sparseloom.kernels.triton import arithmetic
+from sparseloom.kernels.triton.sizes import power_of_two
 
 # Tiles of the product, and what is loaded ahead; checked by compiling for sm_80 and sm_90.
 TILES = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128}
@@ -82,7 +85,7 @@ def encode(
     _quantise[(batch * length,)](
         hidden, unit, codes, odd, length, hidden.stride(0), hidden.stride(1),
         float(2 ** (bits - 1) - 1), SIZE=hidden_size, DEPTH=depth,
-        BLOCK=min(4096, triton.next_power_of_2(depth)), num_warps=4, enable_fp_fusion=False,
+        BLOCK=min(4096, power_of_two(depth)), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     low = _multiply(codes, weights.codes.to(dtype), len(weights.scale))
     q = torch.empty(batch, heads, length, width, dtype=torch.int8, device=device)
@@ -98,7 +101,7 @@ def encode(
         low, weights.scale * unit, cos, sin, chosen, key_scale.contiguous(), q, k, q_scale,
         length, 0 if cos is None else cos.stride(0), 0 if cos is None else cos.stride(1),
         0 if chosen is None else len(chosen), float(2 ** (bits - 1) - 1), 1 / math.sqrt(width),
-        HEADS=heads, WIDTH=width, DEPTH=max(2, triton.next_power_of_2(width)),
+        HEADS=heads, WIDTH=width, DEPTH=max(2, power_of_two(width)),
         ROTATE=rotation is not None, TERNARY=bits == 2, ROWS=_ROWS, num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip

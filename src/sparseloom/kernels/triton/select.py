@@ -9,6 +9,8 @@ tile into parts for as many programs, so that one long row fills the GPU too.
 
 Memory: 2 kB and a few numbers for each tile.
 """
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -19,6 +21,8 @@ import triton
 import triton.language as tl
 from jaxtyping import Int32, Int64, Shaped
 from torch import Tensor
+
+from sparseloom.kernels.triton.sizes import power_of_two
 
 _RADIX = 7  # bits of a digit
 _CHUNK = 1024  # ranks that a program looks at together
@@ -90,12 +94,21 @@ def emit(
 ) -> None:
     """Write the kept places of each tile, ascending and counted from the row's first, from
     ``starts`` on."""
+    _go_through(rows, levels, starts, out)
+
+
+def clear_rest(rows: Rows, levels: Levels) -> None:
+    """Set all ranks to 0 but the kept ones."""
+    _go_through(rows, levels, None, None)
+
+
+def _go_through(rows: Rows, levels: Levels, starts: Tensor | None, out: Tensor | None) -> None:
     many, parts, span = _parts(rows)
-    kept = count_kept(rows, levels) if parts > 1 else levels.level  # else not read
+    kept = count_kept(rows, levels) if parts > 1 else None
     _emit[(many, parts)](
         rows.ranks, rows.ends, levels.level, levels.room, kept, starts, out,
         rows.ranks.stride(0), rows.tile, rows.tiles, span, parts,
-        PARTS=triton.next_power_of_2(parts), CHUNK=_CHUNK, num_warps=4,
+        PARTS=power_of_two(parts), EMIT=out is not None, CHUNK=_CHUNK, num_warps=4,
     )  # fmt: skip
 
 
@@ -190,13 +203,15 @@ def _count_kept(ranks, ends, level, kept, stride, tile, tiles, span, CHUNK: tl.c
 @triton.jit
 def _emit(
     ranks, ends, level, room, kept, starts, out, stride, tile, tiles, span, parts,
-    PARTS: tl.constexpr, CHUNK: tl.constexpr,
+    PARTS: tl.constexpr, EMIT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0).to(tl.int64)
     row, start, stop = _bounds(ends, tile, tiles, span)
     least = tl.load(level + segment).to(tl.uint32)
     left = tl.load(room + segment)
-    to = tl.load(starts + segment)
+    to = tl.zeros([], tl.int64)
+    if EMIT:
+        to = tl.load(starts + segment)
     if PARTS > 1:  # what the parts before this one keep
         part = tl.arange(0, PARTS)
         before = part < tl.program_id(1)
@@ -210,6 +225,9 @@ def _emit(
         equal = ((rank == least) & (place < stop)).to(tl.int32)
         ties = tl.cumsum(equal, 0)
         keep = ((rank > least) | ((equal > 0) & (ties <= left))).to(tl.int32)
-        tl.store(out + to + tl.cumsum(keep, 0) - 1, place, mask=keep > 0)
-        to += tl.sum(keep, 0)
+        if EMIT:
+            tl.store(out + to + tl.cumsum(keep, 0) - 1, place, mask=keep > 0)
+            to += tl.sum(keep, 0)
+        else:
+            tl.store(ranks + row * stride + place, 0, mask=(place < stop) & (keep == 0))
         left -= tl.minimum(tl.sum(equal, 0), left)
