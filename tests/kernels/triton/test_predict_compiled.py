@@ -1,4 +1,5 @@
-"""The kernels of prediction and selection as compilers see them, for cards that are not there."""
+"""The kernels of prediction, selection and decoding as compilers see them, for cards that are not
+there."""
 
 from __future__ import annotations
 
@@ -9,39 +10,40 @@ from sparseloom.kernels.triton.compile_report import CompileReport, reports_of
 pytest.importorskip("triton")
 
 SHARED = {80: 163 << 10, 90: 227 << 10}
-PRODUCTS = ("product", "rank_products", "row_stats", "rank_blocks", "best_keys")
+# The kernels whose time grows with pairs of queries and keys, and the projection.
+HOT = "^(encode (product|fp8)|top-k .*(rank_|row_stats|digit 1)|decode .*(score|weigh)$)"
 
 
 @pytest.fixture(scope="module")
 def reports() -> list[CompileReport]:
-    return reports_of(["sparseloom.kernels.triton.predict_variants"])
+    modules = ("predict_variants", "decode_variants")
+    return reports_of([f"sparseloom.kernels.triton.{name}" for name in modules], only=HOT)
 
 
-def test_every_kernel_fits_and_no_loop_spills(reports: list[CompileReport]) -> None:
+def test_they_fit_and_no_loop_spills(reports: list[CompileReport]) -> None:
     assert {report.arch for report in reports} == {80, 90}
     for report in reports:
         assert report.shared_bytes <= SHARED[report.arch], report
-        assert report.warps_per_multiprocessor >= 4, report
+        assert report.warps_per_multiprocessor >= 8, report
         assert report.loop_spill_bytes == 0, report
         assert not report.serialized, report
 
 
-def test_codes_are_multiplied_by_the_tensor_cores(reports: list[CompileReport]) -> None:
-    checked = 0
+def test_products_are_those_of_the_tensor_cores(reports: list[CompileReport]) -> None:
+    checked: set[str] = set()
     for report in reports:
-        if not report.name.endswith(PRODUCTS):
+        if "digit" in report.name:  # counts, multiplies nothing
             continue
-        checked += 1
         used = " ".join(report.tensor_cores)
-        kind = "wgmma" if report.arch == 90 else "mma"
-        types = "e4m3.e4m3" if "fp8" in report.name else "s8.s8"
-        if "mean" in report.name:
-            types = "tf32.tf32"
-        assert types in used, report
-        assert used.startswith(kind), report
-    assert checked >= 14
-
-
-def test_the_least_there_has_to_be(reports: list[CompileReport]) -> None:
-    names = {report.name.split()[-1] for report in reports if "digit" not in report.name}
-    assert names >= {*PRODUCTS, "quantise", "encode", "block_means", "find_level", "emit"}
+        if "decode" in report.name:
+            assert "bf16" in used, report
+        elif "fp8" in report.name:
+            assert "wgmma" in used, report
+            assert "e4m3" in used, report
+        elif "mean" in report.name:
+            assert "tf32" in used, report
+        else:
+            assert "s8.s8" in used, report
+            assert ("wgmma" in used) == (report.arch == 90), report
+        checked.add(report.name.split()[-1])
+    assert checked == {"product", "rank_products", "row_stats", "rank_blocks", "score", "weigh"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -25,7 +25,7 @@ def chosen() -> str:
 
 
 @contextmanager
-def use_arithmetic(name: str) -> Iterator[None]:
+def use_arithmetic(name: str) -> Generator[None]:
     """Multiply codes in ``name`` inside the block, on all threads; the codes are the same.
 
     Raises:

@@ -67,7 +67,7 @@ def encode(
 
     Returns:
         The codes, or None where a number is not finite.  In a CUDA graph nobody can look: there
-        what is not finite gets some code.
+        what is not finite gets code 0.
     """
     batch, length, hidden_size = hidden.shape
     if hidden_size != weights.hidden_size:
@@ -143,7 +143,9 @@ def _quantise(
     for at in range(0, DEPTH, BLOCK):
         column = at + tl.arange(0, BLOCK)
         number = tl.load(hidden + column, mask=column < SIZE, other=0.0).to(tl.float32)
-        strange |= ((number - number) != 0.0).to(tl.int32)
+        finite = tl.abs(number) < float("inf")
+        strange |= 1 - finite.to(tl.int32)
+        number = tl.where(finite, number, 0.0)
         code = _code(tl.div_rn(number, scale + tl.zeros_like(number)), most)
         tl.store(codes + row * DEPTH + column, code.to(codes.dtype.element_ty), mask=column < DEPTH)
     if tl.max(strange, 0) > 0:

@@ -100,12 +100,12 @@ def _row_stats(
         total = tl.where(some, total, 1.0)
         top = tl.where(some, top + tl.log2(total) / factor, float("inf"))
     else:
-        # The scale of a row cancels, but for rows whose scores are all the same.
-        unit = tl.sqrt(squares / tl.maximum(count, 1.0)) * factor
-        factor = factor / tl.maximum(unit, 1.1754943508222875e-38)
+        # The scale of a row cancels. Scores that are all the same lie on their largest one.
+        unit = tl.sqrt(squares / tl.maximum(count, 1.0))
+        factor = tl.where(unit > 0, 1.0 / tl.where(unit > 0, unit, 1.0), 0.0)
     to = stats + (bh * q_len + row) * 2
     tl.store(to, factor, mask=row < q_len)
-    tl.store(to + 1, top, mask=row < q_len)
+    tl.store(to + 1, tl.where(top > float("-inf"), top, 0.0), mask=row < q_len)
 
 
 @triton.jit

@@ -78,7 +78,7 @@ def find_levels(rows: Rows, budget: Int32[Tensor, " tiles_of_all_rows"]) -> Leve
 def count_kept(rows: Rows, levels: Levels) -> Int32[Tensor, "tiles_of_all_rows parts 2"]:
     """How many ranks of each part of each tile lie above the level, and on it."""
     many, parts, span = _parts(rows)
-    kept = levels.level.new_empty(many, parts, 2)
+    kept = levels.level.new_zeros(many, parts, 2)
     _count_kept[(many, parts)](
         rows.ranks, rows.ends, levels.level, kept, rows.ranks.stride(0), rows.tile, rows.tiles,
         span, CHUNK=_CHUNK, num_warps=4,
