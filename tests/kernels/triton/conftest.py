@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -26,9 +27,12 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quick_interpreter(device: torch.device) -> Iterator[None]:
+def quick_interpreter() -> Iterator[None]:
     """The interpreter replaces the language's functions at every call of a device function, which
     takes most of its time; once for each module and launch is enough."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        yield
+        return
     from triton.runtime import interpreter
 
     patch: Any = getattr(interpreter, "_patch_lang", None)
