@@ -349,7 +349,7 @@ def _needs_grad(inputs: AttentionInputs) -> bool:
 
 
 def _dtype_of(inputs: AttentionInputs) -> str | None:
-    dtype = inputs.query.dtype
-    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype("cpu")
+    dtype, device = inputs.query.dtype, inputs.query.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
     return DTYPES.get(dtype)
