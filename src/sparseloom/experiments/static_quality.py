@@ -21,6 +21,7 @@ from typing import Any, Literal, cast
 import torch
 from rich.console import Console
 
+from sparseloom.errors import unknown_name
 from sparseloom.experiments.contenders import Against, Log, rows_against, scored, slug, tuned
 from sparseloom.experiments.sentiment import classifier
 from sparseloom.experiments.study_command import run_command
@@ -44,7 +45,8 @@ class Study:
     `base` is the folder of a model that is trained for the task; without one, MiniLM gets
     `dense_steps` steps, and the image model must be given.  `densities` are separated by commas,
     the one of ablations first.  `context` is the longest input.  `first` says how many contenders
-    run; 0 for all.  Main contenders are scored on `items`, the others on `fewer_items`.
+    run, 0 for all; `only` names those that run beside the control, separated by semicolons.  Main
+    contenders are scored on `items`, the others on `fewer_items`.
     """
 
     task: str = "imdb"
@@ -67,6 +69,7 @@ class Study:
     mixed_precision: str = "bf16"
     seed: int = 11
     first: int = 0
+    only: str = ""
 
     @property
     def shares(self) -> list[float]:
@@ -130,6 +133,24 @@ def contenders(study: Study) -> dict[str, Contender]:
     return found
 
 
+def chosen(study: Study) -> list[tuple[str, Contender]]:
+    """The contenders that run, by name.
+
+    Raises:
+        ValueError: `only` names one that there is none of.
+    """
+    every = contenders(study)
+    names = [name.strip() for name in study.only.split(";") if name.strip()]
+    for name in names:
+        if name not in every:
+            raise unknown_name("only", name, every)
+    return [
+        (name, one)
+        for name, one in list(every.items())[: study.first or None]
+        if not names or name in (CONTROL, *names)
+    ]
+
+
 def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[str, Any]]:
     """Run what is missing in `out` and return the rows of the whole study.
 
@@ -139,7 +160,7 @@ def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[st
     out.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=True)
     run = _Run(study, out, _task(study, data))
-    wanted = list(contenders(study).items())[: study.first or None]
+    wanted = chosen(study)
     scores: dict[str, dict[str, Any]] = {}
     more: dict[str, dict[str, Any]] = {}
     fewer = f"{CONTROL}, {study.fewer_items} items"

@@ -6,6 +6,9 @@ contender computes all of that exactly, another one half as much and the rest of
 of four.
 
     python -m sparseloom.experiments.static_time
+
+`--folders` adds models saved with their learned regions: attention of all their layers, at every
+length that the regions were chosen for, on the same drawn inputs.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from sparseloom.experiments.timing import interleave
-from sparseloom.kernels.regions import plan_regions, region_attention
+from sparseloom.kernels.regions import RegionPlan, plan_regions, region_attention
 from sparseloom.regions import (
     TILE_KEYS,
     TILE_QUERIES,
@@ -32,6 +36,7 @@ from sparseloom.regions import (
     Region,
     band,
     block,
+    decode_heads,
     density,
     region_limit,
     rows,
@@ -93,28 +98,85 @@ def time_rows(
         seed: of masks and inputs.
     """
     rng = np.random.default_rng(seed)
-    generator = torch.Generator().manual_seed(seed)
-    inputs = [torch.randn(batch, heads, n, head_dim, generator=generator).to(dtype)
-              for _ in range(3)]  # fmt: skip
-    query, key, value = inputs
     exact = [drawn_head(n, share, rng) for _ in range(heads)]
     near = [with_means(drawn_head(n, (share - 0.25) / 0.75, rng), n) for _ in range(heads)]
-    runs: dict[str, Callable[[], object]] = {
-        "dense SDPA": lambda: F.scaled_dot_product_attention(query, key, value)
-    }
-    facts: dict[str, dict[str, float]] = {"dense SDPA": {"density": 1.0, "plan_ms": 0.0}}
-    masks = [("static", exact, "auto"), ("static with means", near, "auto")]
+    masks = [("static", [exact], "auto"), ("static with means", [near], "auto")]
     if flex:
-        masks.append(("static, FlexAttention", exact, "flex"))
+        masks.append(("static, FlexAttention", [exact], "flex"))
+    return _timed(masks, n, head_dim, dtype, batch=batch, repeats=repeats, seed=seed)
+
+
+@torch.inference_mode()
+def time_learned(
+    folder: Path, dtype: torch.dtype, *, tokens: int = 2048, repeats: int = 9, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Milliseconds of all layers of a model under its learned regions, beside dense ones.
+
+    Args:
+        folder: of a model saved with regions.
+        dtype: of the inputs, which are drawn.
+        tokens: of all sequences of a batch together, at the least one sequence.
+        repeats: measured rounds, all contenders in each.
+        seed: of the inputs.
+
+    Raises:
+        ValueError: the model has no regions, or is causal.
+    """
+    from sparseloom.integrations import describe
+    from sparseloom.methods import StaticSparse
+    from sparseloom.training import load
+
+    model, method = load(folder)
+    if not isinstance(method, StaticSparse) or method.regions is None:
+        raise ValueError(f"folders must hold models with static regions, got {folder}")
+    shape, table = describe(model), method.regions
+    if shape.is_causal:
+        raise ValueError(f"folders must hold models without causal attention, got {folder}")
+    found: list[dict[str, Any]] = []
+    for n in map(int, table.lengths):
+        layers = [list(decode_heads(table.encoded(n, layer))) for layer in range(shape.layers)]
+        rows = _timed(
+            [(f"learned, {folder.name}", layers, "auto")], n, shape.head_dim, dtype,
+            batch=max(1, tokens // n), repeats=repeats, seed=seed,
+        )  # fmt: skip
+        found += [{**row, "layers": shape.layers, "folder": str(folder)} for row in rows]
+    return found
+
+
+def _timed(
+    masks: list[tuple[str, list[list[HeadRegions]], str]],
+    n: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    batch: int,
+    repeats: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Rows of (contender, heads of each layer, backend), after that of dense SDPA."""
+    generator = torch.Generator().manual_seed(seed)
+    layers, heads = len(masks[0][1]), len(masks[0][1][0])
+    query, key, value = (
+        torch.randn(batch, heads, n, head_dim, generator=generator).to(dtype) for _ in range(3)
+    )
+
+    def dense() -> None:
+        for _ in range(layers):
+            F.scaled_dot_product_attention(query, key, value)
+
+    def sparse(plans: list[RegionPlan], backend: str) -> None:
+        for plan in plans:
+            region_attention(query, key, value, plan, backend=backend)
+
+    runs: dict[str, Callable[[], object]] = {"dense SDPA": dense}
+    facts: dict[str, dict[str, float]] = {"dense SDPA": {"density": 1.0, "plan_ms": 0.0}}
     for name, regions, backend in masks:
         began = time.perf_counter()
-        plan = plan_regions(regions, n, n)
+        plans = [plan_regions(layer, n, n) for layer in regions]
         planning = time.perf_counter() - began
-        work = sum(density(head, n, n) for head in regions) / heads
-        facts[name] = {"density": work, "plan_ms": planning * 1e3}
-        runs[name] = lambda plan=plan, backend=backend: region_attention(
-            query, key, value, plan, backend=backend
-        )
+        work = [density(head, n, n) for layer in regions for head in layer]
+        facts[name] = {"density": sum(work) / len(work), "plan_ms": planning * 1e3}
+        runs[name] = partial(sparse, plans, backend)
     times = interleave(runs, repeats=repeats, warmup=2)
     return [
         {
@@ -161,21 +223,29 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--share", type=float, default=DENSITY)
     parser.add_argument("--flex", action="store_true")
+    parser.add_argument("--folders", type=Path, nargs="*", default=[], help="learned regions")
     arguments = parser.parse_args()
     found: list[dict[str, Any]] = []
+
+    def say(rows: list[dict[str, Any]]) -> None:
+        found.extend(rows)
+        for row in rows:
+            sys.stdout.write(
+                f"{row['q_len']} tokens, {row['head_dim']} dims, {row['dtype']}, "
+                f"{row['contender']}: {row['ms']:.1f} ms at density {row['density']:.3f} "
+                f"({row['speedup']:.2f}x)\n"
+            )
+
     for dtype in (torch.float32, torch.bfloat16):
         for n in arguments.lengths:
             for head_dim in (64, 32):
-                found += time_rows(
+                rows = time_rows(
                     n, head_dim, dtype, batch=max(1, 2048 // n), share=arguments.share,
                     repeats=arguments.repeats, flex=arguments.flex,
                 )  # fmt: skip
-                for row in found[-4 if arguments.flex else -3 :]:
-                    sys.stdout.write(
-                        f"{n} tokens, {head_dim} dims, {row['dtype']}, {row['contender']}: "
-                        f"{row['ms']:.1f} ms at density {row['density']:.3f} "
-                        f"({row['speedup']:.2f}x)\n"
-                    )
+                say(rows)
+        for folder in arguments.folders:
+            say(time_learned(folder, dtype, repeats=arguments.repeats))
     command = module_command("sparseloom.experiments.static_time")
     write_results(arguments.out, found, command=command)
 
