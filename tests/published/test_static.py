@@ -16,7 +16,7 @@ from sparseloom.experiments.reproduce import static_machine as machine
 from sparseloom.experiments.reproduce import static_systems as systems
 from sparseloom.experiments.reproduce.static_templates import encoder, templates
 from sparseloom.regions import encode_heads
-from sparseloom.results import read_results
+from sparseloom.results import read_results, results
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
@@ -151,10 +151,16 @@ def test_learned_masks_on_the_machine() -> None:
     words = encode_heads([known["local"], known["coarse"]])
     shape = encoder(128, layers=2, heads=2).model
     rows: list[dict[str, Any]] = [
-        {**row, "task": "made up"}
+        {**row, "task_name": "made up"}
         for row in static_cost.costs(shape, lambda length, layer: words, [128])
     ]
     assert len(rows) == 4
+    assert len(results(rows).rows) == 4  # such rows can be stored
+    headline = [
+        row["quantity"] for row in learned.headline_rows(rows) if "made up" in row["quantity"]
+    ]
+    assert sum(": speed-up (" in quantity for quantity in headline) == 1
+    assert sum(": change of latency (" in quantity for quantity in headline) == 1
     for row in rows:
         # At 64 % of the array so few tokens gain no time.
         assert (row["cycles"] < row["dense_cycles"]) == (row["reading"] == "latency")

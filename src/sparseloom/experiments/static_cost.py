@@ -95,7 +95,7 @@ def costs(
                     "record": "static_cost",
                     "length": length,
                     "reading": reading,
-                    "machine": name,
+                    "accelerator": name,
                     "fidelity": fidelity,
                     "scope": scope_text(machine.settings),
                     "tile_density": tiles[0] / tiles[1],
@@ -133,7 +133,7 @@ def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[st
         lengths = [int(word) for word in study.lengths.split(",") if word] or table.lengths.tolist()
         scope = cast("Literal['core', 'mha', 'model']", study.scope)
         for row in costs(shape, words, lengths, scope=scope, dram=study.dram):
-            found.append({**row, "task": study.task or folder.name, "folder": folder.name})
+            found.append({**row, "task_name": study.task or folder.name, "folder": folder.name})
     return found
 
 

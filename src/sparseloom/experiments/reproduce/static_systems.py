@@ -140,8 +140,8 @@ def _equal_density_cost() -> Iterator[Row]:
 def _learned_cost(study: Sequence[Row]) -> Iterator[Row]:
     runs = [run for run in cost_rows(study) if run["reading"] == "latency"]
     for run in runs:
-        at = f"{run['task']}, {run['length']} tokens, density {run['tile_density']:.3g}"
-        about = f"{run['scope']}, {run['fidelity']}, {run['machine']}"
+        at = f"{run['task_name']}, {run['length']} tokens, density {run['tile_density']:.3g}"
+        about = f"{run['scope']}, {run['fidelity']}, {run['accelerator']}"
         ours = run["cycles"] / run["dense_cycles"]
         yield _row(f"{at}, static, learned: simulated cycles over dense ({about})", ours, _EACH)
     if not runs:
