@@ -66,6 +66,14 @@ def test_the_smallest_retention_within_the_bound_is_taken() -> None:
     )
 
 
+def test_a_tighter_bound_never_keeps_less() -> None:
+    sweep = [contender(0.1, 0.012)]
+    conservative, aggressive = (benchmarks.retention(sweep, TINY[0], case) for case in "CA")
+    assert aggressive.share == conservative.share == pytest.approx(0.9)
+    assert (aggressive.found, conservative.found) == (True, False)
+    assert "DOTA-C keeps what DOTA-A needs: no retention that our sweep" in conservative.said
+
+
 @pytest.mark.parametrize(
     "other",
     [
