@@ -41,7 +41,7 @@ def table(**changes: Any) -> CostTable:
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Any:
     def choose(chosen: CostTable | None) -> None:
-        monkeypatch.setattr(costs.predict, "unsupported", lambda *_: None)
+        monkeypatch.setattr(costs.prediction, "unsupported", lambda *_: None)
         monkeypatch.setattr(costs, "table_in_use", lambda: chosen)
 
     return choose
@@ -171,7 +171,7 @@ def test_a_predictor_that_the_backend_does_not_take_runs_dense(
         asked.append((bits, width))
         return "not this one"
 
-    monkeypatch.setattr(costs.predict, "unsupported", refuse)
+    monkeypatch.setattr(costs.prediction, "unsupported", refuse)
     assert not costs.pays(METHOD, inputs_of(640))
     assert asked == [(4, 16)]
 
