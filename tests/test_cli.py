@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparseloom.cli import boundary
 from sparseloom.kernels.cpu import native
-from sparseloom.results import results, validate_results
+from sparseloom.results import read_results, results, validate_results
 
 Run = Callable[..., tuple[int, str, str]]
 COMMANDS = [
@@ -327,6 +327,30 @@ def test_bench_of_decoding(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_info_shows_what_the_compiler_makes_of_gpu_kernels(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from sparseloom.experiments.gpu import compiled
+
+    file = Path(__file__).parents[1] / "results/gpu_kernels_compiled.json"
+    stored = [row.model_dump() for row in read_results(file).rows]
+    asked: list[int] = []
+
+    def compile_none(archs: Any, **_: Any) -> list[dict[str, Any]]:
+        asked.extend(archs)
+        return stored
+
+    monkeypatch.setattr(compiled, "kernel_rows", compile_none)
+    code, out, err = run("info", "--gpu-kernels", "--arch", 80, "--arch", 90, "--out", "k.json")
+    assert code == 0, err
+    assert asked == [80, 90]
+    assert f"Triton {stored[0]['triton']}, ptxas {stored[0]['ptxas']}; no card was used" in out
+    assert stored[1]["name"].split()[0] in out
+    assert len(json.loads((tmp_path / "k.json").read_text("utf-8"))["rows"]) == len(stored)
+    code, _, err = run("info", "--arch", 90)
+    assert (code, err) == (2, "error: --arch and --out belong to --gpu-kernels\n")
+
+
 def test_bench_without_a_card_is_one_sentence(run: Run) -> None:
     for words in ((), ("--calibrate",)):
         code, out, err = run("bench", "--device", "cuda", *words)
