@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +12,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparseloom.experiments.contenders import Against, rows_against, scored, tuned
+from sparseloom.experiments.contenders import (
+    Against,
+    rows_against,
+    scored,
+    study_folder,
+    tuned,
+)
 from sparseloom.methods import Dense, DynamicSparse, Method
 from sparseloom.models import LoadedModel
 from sparseloom.tasks import Score, Task
@@ -125,3 +132,13 @@ def test_losses_are_counted_against_the_named_control() -> None:
     assert by["sparse"]["difference"] == -0.25
     assert by["sparse"]["loss_upper95"] > 0.25
     assert (by["few"]["loss"], by["few"]["items"], by["few"]["dense_value"]) == (0.5, 2, 0.5)
+
+
+def test_a_folder_belongs_to_one_study(tmp_path: Path) -> None:
+    study = make_dataclass("study", [("steps", int), ("sizes", tuple[int, ...]), ("first", int)])
+    out = tmp_path / "new"
+    study_folder(out, study(5, (1, 2), 0), free=("first",))
+    study_folder(out, study(5, (1, 2), 3), free=("first",))
+    with pytest.raises(ValueError, match=r"a study with steps 5, and this one has 6; choose a"):
+        study_folder(out, study(6, (1, 2), 0), free=("first",))
+    assert [file.name for file in out.iterdir()] == ["study.json"]

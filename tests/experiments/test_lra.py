@@ -89,7 +89,7 @@ def test_a_study_learns_compares_and_never_runs_twice(data: Path, tmp_path: Path
     assert len(said) == 1
     with pytest.raises(ValueError, match="contenders must begin with 'dense', got 'short'"):
         Runner(tiny(), out, data=data).run(SOME[2:])
-    with pytest.raises(ValueError, match="study of other settings"):
+    with pytest.raises(ValueError, match="belongs to a study with"):
         Runner(tiny(joint_steps=4), out, data=data)
 
 

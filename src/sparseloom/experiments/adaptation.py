@@ -20,7 +20,15 @@ from typing import Any
 import numpy as np
 
 from sparseloom.experiments.bootstrap import paired_bootstrap
-from sparseloom.experiments.contenders import Against, Log, rows_against, scored, slug, tuned
+from sparseloom.experiments.contenders import (
+    Against,
+    Log,
+    rows_against,
+    scored,
+    slug,
+    study_folder,
+    tuned,
+)
 from sparseloom.experiments.study_command import run_command
 from sparseloom.methods import Dense, DynamicSparse, Method, Oracle, RandomMask, SlidingWindow
 from sparseloom.models import LoadedModel, load_model
@@ -71,7 +79,7 @@ def contenders(study: Study, dynamic: DynamicSparse) -> dict[str, tuple[Method, 
 
 def run_study(study: Study, out: Path) -> list[dict[str, Any]]:
     """Run what is missing in `out` and return the rows of the whole study."""
-    out.mkdir(parents=True, exist_ok=True)
+    study_folder(out, study)
     task = get_task("stdlib").load()
     dynamic = _warm_up(study, out / "predictor")
     wanted = contenders(study, dynamic)

@@ -7,8 +7,8 @@ model, a score as a JSON file.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,35 @@ from sparseloom.tasks import Task
 from sparseloom.training import load, save
 
 Log = list[dict[str, float]]
+
+
+def study_folder(out: Path, study: Any, free: Collection[str] = ()) -> None:
+    """Make the folder of a study, which belongs to it alone: its stages are known by name only.
+
+    Args:
+        out: of the stages.
+        study: its settings, a dataclass instance.
+        free: settings that stages do not depend on.
+
+    Raises:
+        ValueError: stages of other settings lie there.
+    """
+    ours = {key: value for key, value in asdict(study).items() if key not in free}
+    ours = json.loads(json.dumps(ours))
+    file = out / "study.json"
+    if not file.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(ours), encoding="utf-8")
+        part.replace(file)
+        return
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    other = next((key for key in sorted({*kept, *ours}) if kept.get(key) != ours.get(key)), None)
+    if other is not None:
+        raise ValueError(
+            f"out: {out} belongs to a study with {other} {kept.get(other)!r}, and this one has "
+            f"{ours.get(other)!r}; choose a fresh folder"
+        )
 
 
 def tuned(

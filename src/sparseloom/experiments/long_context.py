@@ -16,7 +16,15 @@ from typing import Any
 
 from transformers import LlamaForCausalLM
 
-from sparseloom.experiments.contenders import Against, Log, rows_against, scored, slug, tuned
+from sparseloom.experiments.contenders import (
+    Against,
+    Log,
+    rows_against,
+    scored,
+    slug,
+    study_folder,
+    tuned,
+)
 from sparseloom.experiments.study_command import run_command
 from sparseloom.methods import Dense, DynamicSparse, Method, Oracle, SlidingWindow
 from sparseloom.models import LoadedModel, load_model
@@ -70,7 +78,7 @@ def stretched(length: int) -> LoadedModel:
 
 def run_study(study: Study, out: Path) -> list[dict[str, Any]]:
     """Run what is missing in `out` and return the rows of the whole study."""
-    out.mkdir(parents=True, exist_ok=True)
+    study_folder(out, study)
     task = StdlibBitsPerByte(context=study.length)
     task.load()
 

@@ -29,7 +29,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from sparseloom.experiments.bootstrap import paired_bootstrap
-from sparseloom.experiments.contenders import Against, rows_against, scored, slug
+from sparseloom.experiments.contenders import Against, rows_against, scored, slug, study_folder
 from sparseloom.experiments.lra_sizes import LraStudy, Size, study_of
 from sparseloom.integrations import method_shape
 from sparseloom.methods import Dense, DynamicSparse, Learned, Method, RandomMask, SlidingWindow
@@ -118,7 +118,7 @@ class Runner:
         self.task = task
         task.load(data)
         task.length = study.length
-        self._check_settings()
+        study_folder(self.out, study)
 
     def run(self, contenders: Sequence[Contender] | None = None) -> list[dict[str, Any]]:
         """Run what is missing and return the rows of the study.
@@ -170,14 +170,6 @@ class Runner:
         return entry
 
     # ------------------------------------------------------------------ private
-
-    def _check_settings(self) -> None:
-        """One folder belongs to one study: settings stored there must be these."""
-        file, ours = self.out / "study.json", json.loads(json.dumps(dataclasses.asdict(self.study)))
-        if not file.exists():
-            _write(file, ours)
-        elif json.loads(file.read_text(encoding="utf-8")) != ours:
-            raise ValueError(f"out: {self.out} belongs to a study of other settings (study.json)")
 
     def _batches(
         self, model: PreTrainedModel, steps: int, seed: int, context: int | None, size: int | None

@@ -22,7 +22,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from sparseloom.experiments.contenders import Against, Log, rows_against, scored, slug, tuned
+from sparseloom.experiments.contenders import (
+    Against,
+    Log,
+    rows_against,
+    scored,
+    slug,
+    study_folder,
+    tuned,
+)
 from sparseloom.methods import (
     AttentionGate,
     Dense,
@@ -122,7 +130,7 @@ def untrained(study: Study) -> dict[str, Method]:
 
 def run_study(study: Study, out: Path) -> list[dict[str, Any]]:
     """Run what is missing in `out` and return the rows of the whole study."""
-    out.mkdir(parents=True, exist_ok=True)
+    study_folder(out, study)
     task = get_task("stdlib").load()
     base = load_model("stdlib")
     scores: dict[str, dict[str, Any]] = {}

@@ -19,7 +19,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sparseloom.experiments.contenders import Against, Log, rows_against, scored, slug, tuned
+from sparseloom.experiments.contenders import (
+    Against,
+    Log,
+    rows_against,
+    scored,
+    slug,
+    study_folder,
+    tuned,
+)
 from sparseloom.experiments.study_command import run_command
 from sparseloom.integrations.describe import attention_modules
 from sparseloom.methods import Dense, DynamicSparse, Method, RandomMask, SlidingWindow
@@ -88,7 +96,7 @@ def contenders(study: Study) -> dict[str, Contender]:
 
 def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[str, Any]]:
     """Run what is missing in `out` and return the rows of the whole study."""
-    out.mkdir(parents=True, exist_ok=True)
+    study_folder(out, study, free=("first",))
     console = Console()
     task = SentimentClassification(study.length).load(data)
     base = _base(study, task, out)

@@ -29,7 +29,15 @@ import torch
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sparseloom.experiments.contenders import Against, Log, rows_against, scored, slug, tuned
+from sparseloom.experiments.contenders import (
+    Against,
+    Log,
+    rows_against,
+    scored,
+    slug,
+    study_folder,
+    tuned,
+)
 from sparseloom.experiments.search import search
 from sparseloom.experiments.study_command import run_command
 from sparseloom.integrations.describe import describe
@@ -172,6 +180,7 @@ def flat(layers: int, token_keep: float | None, head_keep: float | None) -> SpAt
 
 def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[str, Any]]:
     """Run what is missing in `out` and return the rows of the whole study."""
+    study_folder(out, study, free=("tasks", "tuned_curves"))
     console = Console()
     tasks = [get_task(name).load(data) for name in study.tasks.split(",")]
     kinds: set[Kind] = set()

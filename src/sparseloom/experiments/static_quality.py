@@ -22,7 +22,15 @@ import torch
 from rich.console import Console
 
 from sparseloom.errors import unknown_name
-from sparseloom.experiments.contenders import Against, Log, rows_against, scored, slug, tuned
+from sparseloom.experiments.contenders import (
+    Against,
+    Log,
+    rows_against,
+    scored,
+    slug,
+    study_folder,
+    tuned,
+)
 from sparseloom.experiments.sentiment import classifier
 from sparseloom.experiments.study_command import run_command
 from sparseloom.integrations import describe
@@ -157,7 +165,7 @@ def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[st
     Raises:
         ValueError: an unknown task, or no `base` for the image task.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    study_folder(out, study, free=("first", "only"))
     console = Console(stderr=True)
     run = _Run(study, out, _task(study, data))
     wanted = chosen(study)
