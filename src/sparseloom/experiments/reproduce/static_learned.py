@@ -102,7 +102,7 @@ def accuracy(study: Sequence[Row]) -> list[Row]:
                 closest = min(rivals, key=relative_loss)
                 gap = relative_loss(closest) - relative_loss(run)
                 quantity = f"{task}, density {at:g}: best pattern's loss less the learned mask's"
-                found.append(_row("accuracy", quantity, "better than fixed patterns", gap))
+                found.append(_row("accuracy", quantity, _UNKNOWN, gap))
     return found or [_absent("accuracy", "loss of learned masks", _LOSS, s) for s in QUALITY]
 
 
