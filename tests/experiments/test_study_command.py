@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sparseloom.experiments.study_command import run_command
 class Settings:
     joint_steps: int = 60
     lr: float = 0.1
+    only: str = ""
 
 
 def test_results_name_the_settings_that_were_changed(tmp_path: Path) -> None:
@@ -30,6 +32,14 @@ def test_results_name_the_settings_that_were_changed(tmp_path: Path) -> None:
     assert seen == [(Settings(joint_steps=7), tmp_path, None)]
     command = json.loads((tmp_path / "r.json").read_text())["command"]
     assert command == "python -m sparseloom.experiments.adaptation --joint-steps 7"
+
+
+def test_the_command_can_be_typed_again(tmp_path: Path) -> None:
+    words = ["--only", "window 0.25;static 0.4", "--results", str(tmp_path / "r.json")]
+    rows = [{"record": "table", "name": "a", "title": "b"}]
+    run_command("adaptation", None, Settings(), lambda *_: rows, arguments=words)
+    command = json.loads((tmp_path / "r.json").read_text())["command"]
+    assert shlex.split(command)[-2:] == words[:2]
 
 
 def test_a_setting_that_is_no_number_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def run_command(
     given = vars(parser.parse_args(arguments))
     out, data, results = (given.pop(word) for word in ("out", "data", "results"))
     changed = [
-        f" {_flag(key)} {value}" for key, value in given.items() if value != getattr(defaults, key)
+        f" {_flag(key)} {shlex.quote(str(value))}"
+        for key, value in given.items()
+        if value != getattr(defaults, key)
     ]
     rows = run(dataclasses.replace(defaults, **given), out, data)
     write_results(results, rows, command=parser.prog + "".join(changed))
