@@ -346,7 +346,7 @@ def test_the_timeline_is_a_chrome_trace(tmp_path: Path) -> None:
     slices = [event for event in data["traceEvents"] if event["ph"] == "X"]
     names = [event for event in data["traceEvents"] if event["ph"] == "M"]
     assert len(slices) == len(report.stages) == 2 * 2 * 6
-    assert {event["pid"] for event in slices} == {0, 1}
+    assert {event["pid"] for event in slices} == {1, 2}
     assert {event["args"]["name"] for event in names} >= {"linear", "attention", "detection"}
     # One after another without a gap, as long as the report says; microseconds at 1 GHz.
     end = 0.0

@@ -39,7 +39,14 @@ def data(report: Report, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def of_units(data: dict[str, Any], phase: str) -> list[dict[str, Any]]:
-    return [one for one in data["traceEvents"] if one["pid"] == 1 and one["ph"] == phase]
+    return [one for one in data["traceEvents"] if one["pid"] == 2 and one["ph"] == phase]
+
+
+def test_threads_are_numbered_as_perfetto_tells_them_apart(data: dict[str, Any]) -> None:
+    processes = {(one["tid"], one["pid"]) for one in data["traceEvents"]}
+    threads = [thread for thread, _ in processes]
+    assert len(set(threads)) == len(threads) > 5
+    assert not set(threads) & {0, *(process for _, process in processes)}
 
 
 def test_every_unit_has_a_named_track(report: Report, data: dict[str, Any]) -> None:
@@ -49,14 +56,14 @@ def test_every_unit_has_a_named_track(report: Report, data: dict[str, Any]) -> N
         for one in of_units(data, "M")
         if one["name"] == "thread_name"
     }
-    assert tuple(named[i] for i in range(len(named))) == report.events.units
+    assert tuple(named[thread] for thread in sorted(named)) == report.events.units
     assert {one["name"] for one in of_units(data, "X")} <= set(report.events.causes[1:])
     assert data["otherData"] == {"window_cycles": "500:1500", "intervals_dropped": "0"}
 
 
 def test_slices_stay_in_the_window_at_the_clock(data: dict[str, Any]) -> None:
     slices = [one for one in data["traceEvents"] if one["ph"] == "X"]
-    assert {one["pid"] for one in slices} == {0, 1}
+    assert {one["pid"] for one in slices} == {1, 2}
     # At 0.5 GHz a cycle takes 2 ns.
     assert min(one["ts"] for one in slices) == pytest.approx(1.0)
     assert max(one["ts"] + one["dur"] for one in slices) == pytest.approx(3.0)
@@ -94,11 +101,12 @@ def test_cycles_of_the_whole_run_are_those_of_the_report(report: Report) -> None
 def test_cycles_of_a_window_are_those_of_the_log(report: Report, data: dict[str, Any]) -> None:
     assert report.events is not None
     start, end = report.events.window
-    for i in range(len(report.events.units)):
+    threads = sorted({one["tid"] for one in of_units(data, "M") if one["name"] == "thread_name"})
+    for i, thread in enumerate(threads):
         rows = report.events.intervals
         mine = rows[(rows[:, 0] == i) & (rows[:, 1] == 1)]
         inside = np.clip(mine[:, 3], start, end) - np.clip(mine[:, 2], start, end)
-        shown = [one for one in of_units(data, "X") if one["tid"] == i and one["name"] == "busy"]
+        shown = [one for one in of_units(data, "X") if one["tid"] == thread and one["name"] == "busy"]
         assert sum(one["args"]["cycles"] for one in shown) == inside.sum()
 
 

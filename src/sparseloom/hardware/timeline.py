@@ -63,7 +63,7 @@ def trace_events(
     window = None if events is None else events.window
     found = list(_stages(machine, clock_ghz, stages, window))
     if events is not None:
-        process = 1 + max((stage.sequence for stage in stages), default=0)
+        process = 1 + max((_process(stage.sequence) for stage in stages), default=0)
         found += _units(machine, clock_ghz, events, process)
     return found
 
@@ -97,9 +97,10 @@ def _stages(
     """
     components = list(dict.fromkeys(stage.component for stage in stages))
     for sequence in dict.fromkeys(stage.sequence for stage in stages):
-        yield _named("process_name", sequence, 0, f"{machine}, sequence {sequence}")
+        process = _process(sequence)
+        yield _named("process_name", process, 0, f"{machine}, sequence {sequence}")
         for i, component in enumerate(components):
-            yield _named("thread_name", sequence, i, component)
+            yield _named("thread_name", process, i, component)
     now = 0.0
     for stage in stages:
         start, end = now, now + stage.cycles
@@ -116,8 +117,8 @@ def _stages(
             "name": f"{stage.component}{place}",
             "cat": stage.component,
             **_times(start, end, clock_ghz),
-            "pid": stage.sequence,
-            "tid": components.index(stage.component),
+            "pid": _process(stage.sequence),
+            "tid": _thread(_process(stage.sequence), components.index(stage.component)),
             "args": facts,
         }
 
@@ -133,7 +134,7 @@ def _units(
             "name": "thread_sort_index",
             "ph": "M",
             "pid": process,
-            "tid": i,
+            "tid": _thread(process, i),
             "args": {"sort_index": i},
         }
     for one in slices(events):
@@ -145,7 +146,7 @@ def _units(
             "cat": "unit",
             **_times(one.start, one.end, clock_ghz),
             "pid": process,
-            "tid": one.unit,
+            "tid": _thread(process, one.unit),
             "args": facts,
         }
 
@@ -155,5 +156,15 @@ def _times(start: float, end: float, clock_ghz: float) -> dict[str, Any]:
     return {"ph": "X", "ts": start / per_us, "dur": (end - start) / per_us}
 
 
-def _named(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:
+def _named(kind: str, process: int, track: int, name: str) -> dict[str, Any]:
+    thread = _thread(process, track)
     return {"name": kind, "ph": "M", "pid": process, "tid": thread, "args": {"name": name}}
+
+
+def _process(sequence: int) -> int:
+    return sequence + 1
+
+
+def _thread(process: int, track: int) -> int:
+    """Perfetto mixes up threads 0, and threads of one number in several processes."""
+    return process * 10_000 + track
