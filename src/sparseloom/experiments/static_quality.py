@@ -122,22 +122,28 @@ def contenders(study: Study) -> dict[str, Contender]:
     def patterns(density: float) -> dict[str, Contender]:
         return {f"{p} {density}": Contender(TileAligned(p, density=density)) for p in PATTERNS}
 
+    def ablations(density: float) -> dict[str, Contender]:
+        name = f"static {density}"
+        return {
+            f"{name}, no entropy terms": static(density, "plain"),
+            f"{name}, mu = 0": static(density, "entropy only"),
+            f"{name}, lambda = 0": static(density, "mutual only"),
+            f"{name}, by mass": static(density, by="mass"),
+            f"{name}, no coarse": static(density, coarse=False),
+            f"{name}, budget per head": static(density, budget="head"),
+        }
+
     main, *others = study.shares
     found = {CONTROL: Contender(Dense(), main=True)}
     found |= {f"static {density}": static(density) for density in study.shares}
     found |= patterns(main)
+    found |= ablations(main)
     found |= {
-        f"static {main}, no entropy terms": static(main, "plain"),
-        f"static {main}, mu = 0": static(main, "entropy only"),
-        f"static {main}, lambda = 0": static(main, "mutual only"),
-        f"static {main}, by mass": static(main, by="mass"),
-        f"static {main}, no coarse": static(main, coarse=False),
-        f"static {main}, budget per head": static(main, budget="head"),
         "dense, entropy phase alone": Contender(Dense(), "entropy", steps=False),
         "dense, plain phase alone": Contender(Dense(), steps=False),
     }
     for density in others:
-        found |= patterns(density)
+        found |= ablations(density) | patterns(density)
     return found
 
 

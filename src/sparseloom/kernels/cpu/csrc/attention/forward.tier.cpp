@@ -130,15 +130,14 @@ template <class T, int R>
 F tile_scores(const Work& w, const Tile& tile, const int32_t* keys, int n, float* out) {
   const ForwardArgs& a = w.args;
   const float lowest = -__builtin_inff();
-  for (int k = 0; k < n; k += KEY_CHUNK) {
-    const int count = smaller(KEY_CHUNK, n - k);
 #if SL_AMX
-    if constexpr (by_tiles<T, R>()) {
-      for (int i = 0; i < count; i += KEY_STEP) prefetch_step<T>(w, keys, k + i, n);
-      score_tiles<R>(w, tile, keys + k, count, out + k * R);
-      continue;
-    }
+  if constexpr (by_tiles<T, R>())
+    score_tiles<R>(w, tile, keys, n, out, [&](int k) {
+      for (int i = k; i < n && i < k + TILE_KEYS; i += KEY_STEP) prefetch_step<T>(w, keys, i, n);
+    });
 #endif
+  for (int k = by_tiles<T, R>() ? n : 0; k < n; k += KEY_CHUNK) {
+    const int count = smaller(KEY_CHUNK, n - k);
     const float* rows[KEY_CHUNK];
     rows_of<T>(w, a.key, keys + k, count, a.head_dim, w.keys, rows);
     for (int i = count; i < padded_keys<T, R>(count); ++i) rows[i] = rows[0];
@@ -230,15 +229,13 @@ void add_segment(Work& w, Tile& tile, const int32_t* keys, int n) {
   for (int k = 0; k < n; k += KEY_CHUNK) {
     const int count = smaller(KEY_CHUNK, n - k);
     if (w.args.dropout.threshold) drop<R>(w, tile, keys + k, count, w.scores + k * R);
-#if SL_AMX
-    if constexpr (by_tiles<T, R>()) {
-      add_value_tiles<R>(w, tile, keys + k, count, w.scores + k * R);
-      continue;
-    }
-#endif
+    if constexpr (by_tiles<T, R>()) continue;
     rows_of<T>(w, w.args.value, keys + k, count, w.args.value_dim, w.values, rows);
     add_values<R>(w.scores + k * R, rows, count, w.value_dim, tile.sums, w.value_dim);
   }
+#if SL_AMX
+  if constexpr (by_tiles<T, R>()) add_value_tiles<R>(w, tile, keys, n, w.scores);
+#endif
 }
 
 template <class T, int R>

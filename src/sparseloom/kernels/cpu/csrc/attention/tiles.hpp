@@ -5,6 +5,10 @@
 // probabilities are the left operand, R rows x 32 keys, and V the right one, whose rows of two keys
 // are interleaved by two unpacks; that leaves each 32 dims of a sum as [0-3 8-11 16-19 24-27 | the
 // others], which in_order() undoes at the end.
+//
+// Rows are packed 32 keys ahead of the products that read them, some after each product: a tile
+// cannot be loaded from stores that have not reached the cache, and no processor looks far enough
+// ahead to pack while a product is under way.
 #pragma once
 
 #include "attention/work.hpp"
@@ -13,19 +17,14 @@
 
 namespace sparseloom::SL_TIER {
 
-// The compilers' tile operations want numbers that the preprocessor can see.
-#define SL_SCORES 0
-#define SL_KEYS 1
-#define SL_QUERIES 2
-#define SL_WEIGHTS 3
-#define SL_LOW 4
-#define SL_HIGH 5
-#define SL_SUM_LOW 6
-#define SL_SUM_HIGH 7
+constexpr int TILE_KEYS = 32;  // keys that are packed at once
 
 // Compilers do not see what tile instructions read and write.
 SL_INLINE void tile_fence() { asm volatile("" ::: "memory"); }
 
+// Tiles 0 and 1 hold scores of 16 keys each and R rows, 2 queries, 3 and 4 keys or values, 5
+// probabilities, 6 and 7 sums of R rows and 16 dims each.  One shape for each serves both products:
+// another configuration takes as long as the products of 16 keys.
 template <int R>
 SL_INLINE void configure_tiles() {
   struct alignas(64) {
@@ -33,18 +32,10 @@ SL_INLINE void configure_tiles() {
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
   } config;
-  const auto shape = [&config](int tile, int rows, int bytes) {
-    config.rows[tile] = static_cast<uint8_t>(rows);
-    config.row_bytes[tile] = static_cast<uint16_t>(bytes);
-  };
-  shape(SL_SCORES, 16, R * 4);
-  shape(SL_KEYS, 16, 64);
-  shape(SL_QUERIES, 16, R * 4);
-  shape(SL_WEIGHTS, R, 64);
-  shape(SL_LOW, 16, 64);
-  shape(SL_HIGH, 16, 64);
-  shape(SL_SUM_LOW, R, 64);
-  shape(SL_SUM_HIGH, R, 64);
+  for (int tile = 0; tile < 8; ++tile) {
+    config.rows[tile] = tile < 5 ? 16 : R;
+    config.row_bytes[tile] = tile < 3 ? R * 4 : 64;
+  }
   tile_fence();
   // GCC's _tile_loadconfig says that it reads 8 bytes: the other stores may then be left out.
   asm volatile("ldtilecfg %0" : : "m"(config));
@@ -106,72 +97,108 @@ void load_tile_queries(const Work& w, const Tile& tile) {
   }
 }
 
-// Copies sixteen keys to 32-dim slabs of [key][32]; keys from n on repeat the first.
-template <bool WHOLE>
-SL_INLINE void pack_tile_keys(const Work& w, const int32_t* keys, int n, Bf16* packed) {
+// Copies the keys `first` ... `last` - 1 of 32 to 32-dim slabs of [key][32], for each 16 of them;
+// keys from n on repeat the first. SLABS 0: as many as there are.
+template <int SLABS, bool WHOLE>
+SL_INLINE void pack_tile_keys(const Work& w, const int32_t* keys, int n, int first, int last,
+                              Bf16* packed) {
   const ForwardArgs& a = w.args;
   const Bf16* base = row_of<Bf16>(a.key, w.batch, w.kv_head, 0);
-  for (int i = 0; i < 16; ++i) {
-    const Bf16* from = base + keys[i < n ? i : 0] * a.key.row;
-    for (int d = 0; d < w.dim; d += 32)
-      _mm512_store_si512(packed + d * 16 + i * 32, load_half_row<WHOLE>(from + d, a.head_dim - d));
+  const int dim = SLABS ? SLABS * 32 : w.dim;
+  for (int i = first; i < last; ++i) {
+    const Bf16* from = base + keys[WHOLE || i < n ? i : 0] * a.key.row;
+    Bf16* to = packed + i / 16 * 16 * dim + i % 16 * 32;
+#pragma GCC unroll 4
+    for (int d = 0; d < dim; d += 32)
+      _mm512_store_si512(to + d * 16, load_half_row<WHOLE>(from + d, a.head_dim - d));
   }
 }
 
-// Interleaves the values of 32 keys in pairs, for each 32 dims a slab of low and one of high halves;
-// `stride` from one 32 dims to the next. Keys from n on give zeros.
+// Interleaves 32 dims from `dim` on of the values of the keys `first` ... `last` - 1 of 32 in pairs:
+// a slab of low halves and one of high ones. Keys from n on give zeros.
 template <bool WHOLE>
-SL_INLINE void pack_tile_values(const Work& w, const int32_t* keys, int n, Bf16* packed,
-                                int64_t stride) {
+SL_INLINE void pack_tile_values(const Work& w, const int32_t* keys, int n, int dim, int first,
+                                int last, Bf16* packed) {
   const ForwardArgs& a = w.args;
-  const Bf16* base = row_of<Bf16>(a.value, w.batch, w.kv_head, 0);
-  for (int pair = 0; pair < 16; ++pair) {
-    const int k = 2 * pair;
+  const Bf16* base = row_of<Bf16>(a.value, w.batch, w.kv_head, 0) + dim;
+  const int dims = a.value_dim - dim;
+  for (int k = first; k < last; k += 2) {
     const Bf16* even = base + (WHOLE || k < n ? keys[k] : 0) * a.value.row;
     const Bf16* odd = base + (WHOLE || k + 1 < n ? keys[k + 1] : 0) * a.value.row;
-    Bf16* to = packed + pair * 32;
-    for (int d = 0; d < w.value_dim; d += 32, to += stride) {
-      const __m512i x = load_half_row<WHOLE>(even + d, k < n ? a.value_dim - d : 0);
-      const __m512i y = load_half_row<WHOLE>(odd + d, k + 1 < n ? a.value_dim - d : 0);
-      _mm512_store_si512(to, _mm512_unpacklo_epi16(x, y));
-      _mm512_store_si512(to + 512, _mm512_unpackhi_epi16(x, y));
-    }
+    const __m512i x = load_half_row<WHOLE>(even, k < n ? dims : 0);
+    const __m512i y = load_half_row<WHOLE>(odd, k + 1 < n ? dims : 0);
+    _mm512_store_si512(packed + k * 16, _mm512_unpacklo_epi16(x, y));
+    _mm512_store_si512(packed + k * 16 + 512, _mm512_unpackhi_epi16(x, y));
   }
 }
 
-// out[key * R + row] of n keys, n padded to 16 by repeating the first; scaled.
-template <int R>
-void score_tiles(const Work& w, const Tile& tile, const int32_t* keys, int n, float* out) {
-  const ForwardArgs& a = w.args;
-  Bf16* packed = reinterpret_cast<Bf16*>(w.keys);
-  for (int k = 0; k < n; k += 16) {
-    if (a.head_dim == w.dim) pack_tile_keys<true>(w, keys + k, n - k, packed);
-    else pack_tile_keys<false>(w, keys + k, n - k, packed);
-    tile_fence();
-    _tile_zero(SL_SCORES);
-    for (int d = 0; d < w.dim; d += 32) {
-      _tile_loadd(SL_KEYS, packed + d * 16, 64);
-      _tile_loadd(SL_QUERIES, tile.queries + d / 2 * R, R * 4);
-      _tile_dpbf16ps(SL_SCORES, SL_KEYS, SL_QUERIES);
+template <int R, int SLABS, class Ahead>
+SL_INLINE void score_slabs(const Work& w, const Tile& tile, const int32_t* keys, int n, float* out,
+                           Ahead ahead) {
+  alignas(64) static constexpr float nothing[16] = {};
+  const int dim = SLABS ? SLABS * 32 : w.dim;
+  const int step = (TILE_KEYS * 16 + dim - 1) / dim;  // keys packed after each product
+  Bf16* packed[2] = {reinterpret_cast<Bf16*>(w.keys),
+                     reinterpret_cast<Bf16*>(w.keys) + TILE_KEYS * dim};
+  ahead(0);
+  pack_tile_keys<SLABS, false>(w, keys, n, 0, smaller(TILE_KEYS, int(round_up(n, 16))), packed[0]);
+  for (int k = 0; k < n; k += TILE_KEYS) {
+    const Bf16* here = packed[k / TILE_KEYS % 2];
+    Bf16* there = packed[k / TILE_KEYS % 2 ^ 1];
+    const int32_t* next = keys + k + TILE_KEYS;
+    const int left = n - k - TILE_KEYS;
+    const bool whole = left >= TILE_KEYS && w.args.head_dim == dim;
+    int at = 0;
+    const auto some = [&]() SL_LAMBDA {
+      if (!whole || at >= TILE_KEYS) return;
+      pack_tile_keys<SLABS, true>(w, next, left, at, at + step, there);
+      at += step;
+    };
+    if (left > 0) {
+      ahead(k + TILE_KEYS);
+      if (!whole)
+        pack_tile_keys<SLABS, false>(w, next, left, 0, smaller(TILE_KEYS, int(round_up(left, 16))),
+                                     there);
     }
-    _tile_stored(SL_SCORES, out + k * R, R * 4);
+    const bool both = left > -16;
+    tile_fence();
+    // On Sapphire Rapids products into a tile that was emptied by TILEZERO take longer.
+    _tile_loadd(0, nothing, 0);
+    _tile_loadd(1, nothing, 0);
+    for (int d = 0; d < dim; d += 32) {
+      _tile_loadd(2, tile.queries + d / 2 * R, R * 4);
+      _tile_loadd(3, here + d * 16, 64);
+      _tile_dpbf16ps(0, 3, 2);
+      some();
+      if (!both) continue;
+      _tile_loadd(4, here + (dim + d) * 16, 64);
+      _tile_dpbf16ps(1, 4, 2);
+      some();
+    }
+    _tile_stored(0, out + k * R, R * 4);
+    if (both) _tile_stored(1, out + (k + 16) * R, R * 4);
   }
   tile_fence();
-  const F factor = set1(a.scale * LOG2E);
+}
+
+// out[key * R + row] of n keys, n padded to 16 by repeating the first; scaled. `ahead(k)` is called
+// before the k-th key and those behind it are read.
+template <int R, class Ahead>
+void score_tiles(const Work& w, const Tile& tile, const int32_t* keys, int n, float* out,
+                 Ahead ahead) {
+  if (w.dim == 64) score_slabs<R, 2>(w, tile, keys, n, out, ahead);
+  else if (w.dim == 128) score_slabs<R, 4>(w, tile, keys, n, out, ahead);
+  else score_slabs<R, 0>(w, tile, keys, n, out, ahead);
+  const F factor = set1(w.args.scale * LOG2E);
   for (int i = 0; i < round_up(n, 16) * R; i += W) store(out + i, load(out + i) * factor);
 }
 
-// tile.sums += weights[key * R + row] * values, for n keys, at most KEY_CHUNK; the weights up to the
-// next multiple of 16 are 0.
+// weights[key * R + row], 0 from the n-th key to the next multiple of 16, to R rows of 32 bf16 for
+// each 32 keys, in their place.
 template <int R>
-void add_value_tiles(const Work& w, const Tile& tile, const int32_t* keys, int n,
-                     const float* weights) {
-  const ForwardArgs& a = w.args;
-  Bf16* packed = reinterpret_cast<Bf16*>(w.values);
-  Bf16* halves = reinterpret_cast<Bf16*>(w.weights);
-  const int blocks = static_cast<int>(round_up(n, 32)) / 32;
-  for (int block = 0; block < blocks; ++block) {
-    const int first = block * 32;
+void pack_tile_weights(float* weights, int n) {
+  auto* halves = reinterpret_cast<Bf16*>(weights);
+  for (int first = 0; first < n; first += TILE_KEYS) {
     F low[R], high[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) low[r] = load(weights + first * R + r * W);
@@ -186,31 +213,51 @@ void add_value_tiles(const Work& w, const Tile& tile, const int32_t* keys, int n
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-      _mm512_store_si512(halves + (block * R + r) * 32,
+      _mm512_store_si512(halves + first * R + r * 32,
                          (__m512i)_mm512_cvtne2ps_pbh(high[r].v, low[r].v));
-    Bf16* to = packed + block * 1024;
-    if (a.value_dim == w.value_dim && first + 32 <= n)
-      pack_tile_values<true>(w, keys + first, n - first, to, blocks * 1024);
-    else
-      pack_tile_values<false>(w, keys + first, n - first, to, blocks * 1024);
   }
-  tile_fence();
+}
+
+// tile.sums[.][dim ... dim + 31] += weights[key * R + row] * values, for n keys.
+template <int R>
+void add_value_slab(const Work& w, const Tile& tile, const int32_t* keys, int n,
+                    const Bf16* weights, int dim) {
+  Bf16* packed[2] = {reinterpret_cast<Bf16*>(w.values),
+                     reinterpret_cast<Bf16*>(w.values) + TILE_KEYS * 32};
   const int64_t stride = w.value_dim * int64_t{4};
-  for (int d = 0; d < w.value_dim; d += 32) {
-    _tile_loadd(SL_SUM_LOW, tile.sums + d, stride);
-    _tile_loadd(SL_SUM_HIGH, tile.sums + d + 16, stride);
-    for (int block = 0; block < blocks; ++block) {
-      const Bf16* right = packed + (int64_t{d / 32} * blocks + block) * 1024;
-      _tile_loadd(SL_WEIGHTS, halves + block * R * 32, 64);
-      _tile_loadd(SL_LOW, right, 64);
-      _tile_dpbf16ps(SL_SUM_LOW, SL_WEIGHTS, SL_LOW);
-      _tile_loadd(SL_HIGH, right + 512, 64);
-      _tile_dpbf16ps(SL_SUM_HIGH, SL_WEIGHTS, SL_HIGH);
-    }
-    _tile_stored(SL_SUM_LOW, tile.sums + d, stride);
-    _tile_stored(SL_SUM_HIGH, tile.sums + d + 16, stride);
-  }
+  float* sums = tile.sums + dim;
+  pack_tile_values<false>(w, keys, n, dim, 0, TILE_KEYS, packed[0]);
   tile_fence();
+  _tile_loadd(6, sums, stride);
+  _tile_loadd(7, sums + 16, stride);
+  for (int k = 0; k < n; k += TILE_KEYS) {
+    const Bf16* here = packed[k / TILE_KEYS % 2];
+    Bf16* there = packed[k / TILE_KEYS % 2 ^ 1];
+    const int32_t* next = keys + k + TILE_KEYS;
+    const int left = n - k - TILE_KEYS;
+    const bool whole = left >= TILE_KEYS && dim + 32 <= w.args.value_dim;
+    if (left > 0 && !whole) pack_tile_values<false>(w, next, left, dim, 0, TILE_KEYS, there);
+    tile_fence();
+    _tile_loadd(5, weights + k * R, 64);
+    _tile_loadd(3, here, 64);
+    _tile_dpbf16ps(6, 5, 3);
+    if (whole) pack_tile_values<true>(w, next, left, dim, 0, TILE_KEYS / 2, there);
+    _tile_loadd(4, here + 512, 64);
+    _tile_dpbf16ps(7, 5, 4);
+    if (whole) pack_tile_values<true>(w, next, left, dim, TILE_KEYS / 2, TILE_KEYS, there);
+  }
+  _tile_stored(6, sums, stride);
+  _tile_stored(7, sums + 16, stride);
+  tile_fence();
+}
+
+// tile.sums += weights * values of n keys; the weights are overwritten.
+template <int R>
+void add_value_tiles(const Work& w, const Tile& tile, const int32_t* keys, int n, float* weights) {
+  pack_tile_weights<R>(weights, n);
+  const auto* halves = reinterpret_cast<const Bf16*>(weights);
+  for (int dim = 0; dim < w.value_dim; dim += 32)
+    add_value_slab<R>(w, tile, keys, n, halves, dim);
 }
 
 // The sums of a tile with their dims in order.
