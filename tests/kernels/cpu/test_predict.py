@@ -189,13 +189,16 @@ def test_ties_go_to_the_lowest_key(tier: str) -> None:
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("sharp", [0.3, 1.5, 30.0])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_long_selections_retain_as_much(tier: str, pooling: str, sharp: float, bits: int) -> None:
+@pytest.mark.parametrize("block_size", [(8, 1), (32, 1)])
+def test_long_selections_retain_as_much(
+    tier: str, pooling: str, sharp: float, bits: int, block_size: tuple[int, int]
+) -> None:
     q, k = codes_of(1, 1, 32, 3001, 16, bits)
     q = Coded(q.codes, q.scale * sharp)
     common: dict[str, Any] = {
         "sparsity": 0.9,
         "minimum_keys": 1,
-        "block_size": (8, 1),
+        "block_size": block_size,
         "is_causal": False,
         "key_padding": None,
         "query_padding": None,
@@ -205,27 +208,30 @@ def test_long_selections_retain_as_much(tier: str, pooling: str, sharp: float, b
     expected, got = topk_mask(scores, **common), topk_of_codes(q, k, **common)
     assert torch.equal(got.offsets, expected.offsets)
     assert (got.to_block_bool() & expected.to_block_bool()).sum() >= 0.98 * expected.nnz
-    mass = scores.double().softmax(-1).unflatten(2, (4, 8)).sum(3)
+    mass = scores.double().softmax(-1).unflatten(2, (-1, block_size[0])).sum(3)
     kept = [(mass * mask.to_block_bool()).sum(-1) for mask in (got, expected)]
     assert ((kept[0] - kept[1]).abs() <= 1e-3 * kept[1]).all()
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_pooled_scores(tier: str, pooling: str) -> None:
+@pytest.mark.parametrize("block_size", [(8, 2), (5, 3), (16, 16), (24, 1), (40, 8)])
+def test_pooled_scores(tier: str, pooling: str, block_size: tuple[int, int]) -> None:
     q, k = codes_of(2, 2, 50, 70, 16)
-    case = {"blocks": {"block_size": (8, 2), "is_causal": True, "key_padding": None}}
+    case = {"blocks": {"block_size": block_size, "is_causal": True, "key_padding": None}}
     padding = torch.ones(2, 70, dtype=torch.bool)
     padding[1, :9] = False
     case["blocks"]["key_padding"] = padding
     grid = Grid(50, 70, **case["blocks"], device=torch.device("cpu"))
-    blocks = predict.Blocks((8, 2), True, padding, grid.visible, grid.budget(0.5, 1), grid.diagonal)
+    budget = grid.budget(0.5, 1)
+    blocks = predict.Blocks(block_size, True, padding, grid.visible, budget, grid.diagonal)
     codes = predict.Codes(
         q.codes.to(torch.int8), q.scale, k.codes.to(torch.int8), k.scale.reshape(-1)
     )
     got = predict.pooled_scores(codes, blocks, pooling=pooling)
-    expected = pool_scores(scores_of(q, k), grid.allowed_pairs(0, 50, 70), (8, 2), pooling, None)
+    expected = pool_scores(scores_of(q, k), grid.allowed_pairs(0, 50, 70), block_size, pooling, None)
     # Blocks that are kept in any case may have any score.
-    free = grid.allowed_blocks(0, 7, 35) & ~grid.diagonal_blocks(0, 7, 35)
+    rows, columns = got.shape[2:]
+    free = grid.allowed_blocks(0, rows, columns) & ~grid.diagonal_blocks(0, rows, columns)
     free = free.expand_as(got)
     torch.testing.assert_close(got[free], expected[free], rtol=3e-3, atol=1e-4)
 

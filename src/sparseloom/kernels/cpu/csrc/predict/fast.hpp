@@ -170,8 +170,14 @@ static void weigh(const uint16_t* e, long slabs, long first, long count, const f
         }
         a = _mm512_add_ph(a, b);
       } else {
-        for (long r = 1; r < count; ++r)
-          a = _mm512_fmadd_ph(_mm512_load_ph(from + r * SLAB), w[r], a);
+        __m512h b = _mm512_setzero_ph();
+        long r = 1;
+        for (; r + 1 < count; r += 2) {
+          b = _mm512_fmadd_ph(_mm512_load_ph(from + r * SLAB), w[r], b);
+          a = _mm512_fmadd_ph(_mm512_load_ph(from + (r + 1) * SLAB), w[r + 1], a);
+        }
+        if (r < count) b = _mm512_fmadd_ph(_mm512_load_ph(from + r * SLAB), w[r], b);
+        a = _mm512_add_ph(a, b);
       }
       _mm512_store_ph(x + 32 * i, a);
     }

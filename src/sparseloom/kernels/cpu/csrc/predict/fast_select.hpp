@@ -1,4 +1,5 @@
-// Query blocks of up to 16 rows by `fast.hpp`: scores, pooling by mass or max, the best keys.
+// By `fast.hpp`: scores of query blocks of up to 16 rows, pooling by mass or max, the best keys; of
+// larger blocks, and blocks of keys, the masses.
 #pragma once
 
 #include "fast_max.hpp"
@@ -116,24 +117,33 @@ static void select_none16(const SelectArgs& args, const Keys& keys, long b, long
   for (long r = 0; r < rows.count; ++r) keep_top16(args, keys, b, h, first + r, x + r * stride, room);
 }
 
+// e[slab][row][SLAB] of the rows and the sum of each. False: they would not fit in fp16.
+static bool row_exponentials(const Keys& keys, const FastRows& rows, const Room& room, uint16_t* e,
+                             float* total) {
+  int top[ROWS];
+  Tables tables;
+  Stream stream(keys.codes, keys.depth, room.rows, rows.start);
+  for (long every = rows.slabs() > 8 ? 8 : 1; every; every = every == 8 ? 1 : 0) {
+    find_largest(stream, rows, every, top);
+    if (!in_range(rows, top)) return false;
+    make_tables(rows, top, tables);
+    if (rows.clamp ? exponentials<true>(stream, rows, tables, e, total)
+                   : exponentials<false>(stream, rows, tables, e, total))
+      return true;
+  }
+  return false;
+}
+
+// What a row shares out, so that sums of `count` rows stay in the range of fp16.
+SL_INLINE float share(long count) { return count <= 8 ? 4096.0f : 2048.0f; }
+
 static bool select_mass16(const SelectArgs& args, const Keys& keys, long b, long h, long first,
                           long last, const FastRows& rows, const Room& room) {
   auto* e = reinterpret_cast<uint16_t*>(room.scores);
   auto* x = reinterpret_cast<int16_t*>(room.candidates);
-  int top[ROWS];
   float total[ROWS], weight[ROWS];
-  Tables tables;
-  Stream stream(keys.codes, keys.depth, room.rows, rows.start);
-  bool done = false;
-  for (long every = rows.slabs() > 8 ? 8 : 1; !done && every; every = every == 8 ? 1 : 0) {
-    find_largest(stream, rows, every, top);
-    if (!in_range(rows, top)) return false;
-    make_tables(rows, top, tables);
-    done = rows.clamp ? exponentials<true>(stream, rows, tables, e, total)
-                      : exponentials<false>(stream, rows, tables, e, total);
-  }
-  if (!done) return false;
-  const float whole = args.bq <= 8 ? 4096.0f : 2048.0f;  // what a row shares out
+  if (!row_exponentials(keys, rows, room, e, total)) return false;
+  const float whole = share(args.bq);
   for (int r = 0; r < ROWS; ++r) weight[r] = rows.seen[r] ? whole / total[r] : 0.0f;
   for (long block = first; block < last; ++block) {
     const long from = (block - first) * args.bq;
@@ -148,6 +158,29 @@ static bool select_mass16(const SelectArgs& args, const Keys& keys, long b, long
     }
     keep_top16(args, keys, b, h, block, x, room);
   }
+  return true;
+}
+
+// to[j] += masses of up to 16 rows of a larger block; `voting` counts those that have a say. False:
+// not in this way, and nothing was added.
+static bool add_mass16(const SelectArgs& args, const Keys& keys, long b, long h, long first,
+                       long count, const Room& room, float* to, long& voting) {
+  auto* e = reinterpret_cast<uint16_t*>(room.scores);
+  auto* x = reinterpret_cast<int16_t*>(room.candidates);
+  FastRows rows;
+  float total[ROWS], weight[ROWS];
+  if (!fast_rows(args, keys, b, h, first, count, room.rows, rows)) return false;
+  if (!rows.most) return true;
+  if (!row_exponentials(keys, rows, room, e, total)) return false;
+  const float whole = share(count);
+  for (int r = 0; r < ROWS; ++r) {
+    weight[r] = rows.seen[r] ? whole / total[r] : 0.0f;
+    voting += rows.seen[r] > 0;
+  }
+  weigh(e, rows.slabs(), 0, count, weight, x);
+  const F unit = set1(1.0f / whole);
+  for (long j = 0; j < rows.slabs() * SLAB; j += W)
+    store(to + j, fma(load(reinterpret_cast<const Fp16*>(x) + j), unit, load(to + j)));
   return true;
 }
 

@@ -175,6 +175,11 @@ void write_pooled(const SelectArgs& args, const Keys& keys, long b, long h, long
       to[keys.map.place ? keys.map.place[i] : i] = x[i];
 }
 
+// Whether masses go by 16 bits (`fast.hpp`) where `select_fast` does not take the block.
+SL_INLINE bool fast_mass(const SelectArgs& args, const Keys& keys) {
+  return SL_FAST && keys.small && args.pooling == Pooling::mass;
+}
+
 // Pools the rows into `to` over the first n keys. False: no row votes, or none sees a key.
 bool pool_block(const SelectArgs& args, const Keys& keys, long b, long h, long block, long n,
                 int32_t* scores, bool scored, float* to, const Room& room) {
@@ -183,6 +188,9 @@ bool pool_block(const SelectArgs& args, const Keys& keys, long b, long h, long b
   for (long j = 0; j < n; ++j) to[j] = nothing(args.pooling);
   for (long slab = start; slab < stop; slab += ROWS) {
     const long rows = minimum(ROWS, stop - slab);
+#if SL_FAST
+    if (fast_mass(args, keys) && add_mass16(args, keys, b, h, slab, rows, room, to, voting)) continue;
+#endif
     if (!scored) score(args, keys, b, h, slab, rows, room);
     for (long r = 0; r < rows; ++r) {
       const long mine = seen(args, keys.map, slab + r);
@@ -199,7 +207,7 @@ bool pool_block(const SelectArgs& args, const Keys& keys, long b, long h, long b
 void select_top(const SelectArgs& args, const Keys& keys, long b, long h, long first, long last,
                 const Room& room) {
   const long rows = minimum(last * args.bq, args.q_len) - first * args.bq;
-  const bool together = args.bq <= ROWS;
+  const bool together = args.bq <= ROWS && !fast_mass(args, keys);
   if (together) score(args, keys, b, h, first * args.bq, rows, room);
   for (long block = first; block < last; ++block) {
     int32_t* scores = room.scores + (together ? (block - first) * args.bq * room.stride : 0);
