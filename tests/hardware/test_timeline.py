@@ -106,7 +106,9 @@ def test_cycles_of_a_window_are_those_of_the_log(report: Report, data: dict[str,
         rows = report.events.intervals
         mine = rows[(rows[:, 0] == i) & (rows[:, 1] == 1)]
         inside = np.clip(mine[:, 3], start, end) - np.clip(mine[:, 2], start, end)
-        shown = [one for one in of_units(data, "X") if one["tid"] == thread and one["name"] == "busy"]
+        shown = [
+            one for one in of_units(data, "X") if one["tid"] == thread and one["name"] == "busy"
+        ]
         assert sum(one["args"]["cycles"] for one in shown) == inside.sum()
 
 

@@ -35,7 +35,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def contender(sparsity: float, loss: float, **other: Any) -> dict[str, Any]:
-    settings = {"sparsity": sparsity, "bits": 4, "block_size": [1, 1], **other.pop("settings", {})}
+    settings = {
+        "sparsity": sparsity, "bits": 4, "projection": 0.25, "block_size": [1, 1],
+        **other.pop("settings", {}),
+    }  # fmt: skip
     row = {
         "task": "lra-text", "method": "dynamic", "settings": settings, "sparsity": sparsity,
         "density": 1 - sparsity, "metric": "accuracy", "loss": loss, "loss_upper95": loss + 0.002,
@@ -64,6 +67,18 @@ def test_the_smallest_retention_within_the_bound_is_taken() -> None:
     assert "no retention that our sweep tried stays within 1.5%" in (
         benchmarks.retention(lost, TINY[0], "A").said
     )
+
+
+def test_a_wider_predictor_is_charged_for() -> None:
+    sweep = [*SWEEP, contender(0.995, 0.001, settings={"projection": 1.0})]
+    found = benchmarks.retention(sweep, TINY[0], "C")
+    assert (found.share, found.projection) == (pytest.approx(0.005), 1.0)
+    assert "with a predictor of σ = 1" in found.said
+    narrow, wide = (
+        runs.benchmark_numbers(TINY[0], "C", found.share, "analytic", size) for size in (0.25, 1.0)
+    )
+    assert wide["seconds"]["detection"] > narrow["seconds"]["detection"]
+    assert wide["seconds"]["attention"] == narrow["seconds"]["attention"]
 
 
 def test_a_tighter_bound_never_keeps_less() -> None:

@@ -76,6 +76,10 @@ def contenders_of(study: LraStudy) -> list[Contender]:
         )
 
     kept = max(1, math.ceil(round(0.01 * study.length, 6)))
+    config = lra_config(study.task, length=study.length, **study.model)
+    head_dim = config.qkv_size // config.num_attention_heads
+    # Of such heads the published sizes leave a predictor one to three numbers.
+    whole = (0.9, 0.95) if max(PROJECTIONS) * head_dim < 4 else ()
     return [
         Contender(CONTROL, Dense()),
         Contender("dynamic 90 %", dynamic(0.9)),
@@ -93,6 +97,10 @@ def contenders_of(study: LraStudy) -> list[Contender]:
             Contender(f"dynamic 90 %, sigma {size}", dynamic(0.9, projection=size))
             for size in PROJECTIONS
             if size != 0.25
+        ),
+        *(
+            Contender(f"dynamic {share:.0%}, sigma 1.0".replace("%", " %"), dynamic(share, 1.0))
+            for share in whole
         ),
     ]
 

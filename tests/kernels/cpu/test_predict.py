@@ -228,7 +228,9 @@ def test_pooled_scores(tier: str, pooling: str, block_size: tuple[int, int]) -> 
         q.codes.to(torch.int8), q.scale, k.codes.to(torch.int8), k.scale.reshape(-1)
     )
     got = predict.pooled_scores(codes, blocks, pooling=pooling)
-    expected = pool_scores(scores_of(q, k), grid.allowed_pairs(0, 50, 70), block_size, pooling, None)
+    expected = pool_scores(
+        scores_of(q, k), grid.allowed_pairs(0, 50, 70), block_size, pooling, None
+    )
     # Blocks that are kept in any case may have any score.
     rows, columns = got.shape[2:]
     free = grid.allowed_blocks(0, rows, columns) & ~grid.diagonal_blocks(0, rows, columns)

@@ -81,6 +81,7 @@ class Retention:
         sparsity: of the contender that it was found with; None: a default.
         said: where it comes from, as an assumption.
         loss, upper: of that contender, with its one-sided 95 % bound.
+        projection: σ of its predictor, which the machine is charged for.
     """
 
     share: float
@@ -88,6 +89,7 @@ class Retention:
     said: str
     loss: float | None = None
     upper: float | None = None
+    projection: float = SIGMA
 
     @property
     def found(self) -> bool:
@@ -133,7 +135,10 @@ def search(rows: Sequence[Row], task: str, case: str) -> Retention | None:
         f"{task}: DOTA-{case} keeps {best['density']:.3g}, found by our sweep{where}: loses "
         f"{loss:.2%} of {what} (at most {upper:.2%} at 95 %){end}"
     )
-    return Retention(best["density"], best["sparsity"], said, loss, upper)
+    projection = best["settings"]["projection"]
+    if projection != SIGMA:
+        said += f"; with a predictor of σ = {projection:g}"
+    return Retention(best["density"], best["sparsity"], said, loss, upper, projection)
 
 
 def _is_contender(row: Row) -> bool:
@@ -170,9 +175,8 @@ def retention(rows: Sequence[Row], benchmark: Benchmark, case: str) -> Retention
     looser = search(rows, benchmark.task, "A") if benchmark.task and case == "C" else None
     if looser is not None and looser.share > share:
         # A tighter bound cannot do with less than a looser one needs.
-        return Retention(
-            looser.share, None, f"{benchmark.name}: DOTA-C keeps what DOTA-A needs: {why}"
-        )
+        said = f"{benchmark.name}: DOTA-C keeps what DOTA-A needs: {why}"
+        return Retention(looser.share, None, said, projection=looser.projection)
     return Retention(
         share,
         None,
@@ -228,6 +232,7 @@ def benchmark_trace(
     layers: int | None = None,
     batch: int | None = None,
     drawn: bool = False,
+    projection: float = SIGMA,
 ) -> Trace:
     """The benchmark with DOTA-F (everything), -C and -A as selections.
 
@@ -237,13 +242,14 @@ def benchmark_trace(
         layers: instead of the benchmark's.
         batch: sequences instead of the benchmark's.
         drawn: masks are drawn at random instead of spaced evenly.
+        projection: σ of the predictor.
     """
     shape = benchmark.shape()
     if layers is not None:
         shape = shape.model_copy(update={"layers": layers})
     count = batch if batch is not None else benchmark.sequences
     operators = transformer_operators(shape, q_len=benchmark.length, batch=count)
-    predictor = PredictorShape(head_dim=round(SIGMA * benchmark.head_dim), bits=BITS)
+    predictor = PredictorShape(head_dim=round(projection * benchmark.head_dim), bits=BITS)
     selections = {"F": Selection("F", (AttentionCall(),) * shape.layers)}
     make = random_mask if drawn else even_mask
     used = shares or {"C": benchmark.conservative, "A": benchmark.aggressive}

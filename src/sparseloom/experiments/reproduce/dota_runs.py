@@ -9,6 +9,7 @@ from typing import Any
 from sparseloom import hardware
 from sparseloom.experiments.reproduce.dota_benchmarks import (
     ELSA_RETENTION,
+    SIGMA,
     Benchmark,
     benchmark_trace,
 )
@@ -86,13 +87,15 @@ def _seconds(report: Report, part: str) -> float:
 
 
 @cache
-def benchmark_numbers(benchmark: Benchmark, case: str, share: float, fidelity: str) -> Numbers:
+def benchmark_numbers(
+    benchmark: Benchmark, case: str, share: float, fidelity: str, projection: float = SIGMA
+) -> Numbers:
     """`measure` of a published benchmark: one layer of one sequence, times how many there are.
 
     Masks are drawn at random; ELSA keeps a fifth of the pairs.
     """
     shares = {"ELSA": ELSA_RETENTION} | ({} if case == "F" else {case: share})
-    trace = benchmark_trace(benchmark, shares, layers=1, batch=1, drawn=True)
+    trace = benchmark_trace(benchmark, shares, layers=1, batch=1, drawn=True, projection=projection)
     times = benchmark.layers * benchmark.sequences
     return measure(trace, case, elsa="ELSA", fidelity=fidelity, times=times)
 

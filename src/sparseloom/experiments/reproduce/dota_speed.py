@@ -84,11 +84,10 @@ def published_subjects(stored: Sequence[Row], fidelity: str = "cycle") -> list[S
     made: list[Subject] = []
     for benchmark in BENCHMARKS:
         kept = {case: retention(stored, benchmark, case) for case in CASES}
-        shares = {"F": 1.0} | {case: one.share for case, one in kept.items()}
         # With every pair kept the machine is a dense array, whose closed form will do.
-        numbers = {
-            case: benchmark_numbers(benchmark, case, share, "analytic" if case == "F" else fidelity)
-            for case, share in shares.items()
+        numbers = {"F": benchmark_numbers(benchmark, "F", 1.0, "analytic")} | {
+            case: benchmark_numbers(benchmark, case, one.share, fidelity, one.projection)
+            for case, one in kept.items()
         }
         said: dict[str, tuple[str, ...]] = {
             case: (one.said, _DRAWN, _SIZES) for case, one in kept.items()
