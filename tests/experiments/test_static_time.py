@@ -7,7 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from sparseloom import regions as rg
 from sparseloom.experiments.static_time import (
@@ -47,6 +52,20 @@ def test_times_stand_beside_what_was_computed() -> None:
     # A tile of means costs a quarter; packing adds a little.
     assert 0.25 < means["density"] <= DENSITY + 0.05
     assert all(row["ms"] > 0 and row["threads"] >= 1 for row in found)
+
+
+def test_a_causal_model_is_timed_beside_causal_attention(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=160,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    method = StaticSparse(density=0.6).initialise(method_shape(model))
+    save(model, method, tmp_path / "static")
+    dense, learned = time_learned(tmp_path / "static", torch.float32, tokens=160, repeats=1)
+    assert dense["causal"]
+    assert learned["causal"]
+    assert 0.3 < learned["density"] <= 0.6
 
 
 def test_regions_of_a_saved_model_are_timed_at_all_their_lengths(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def time_learned(
         seed: of the inputs.
 
     Raises:
-        ValueError: the model has no regions, or is causal.
+        ValueError: the model has no regions.
     """
     from sparseloom.integrations import describe
     from sparseloom.methods import StaticSparse
@@ -130,15 +130,15 @@ def time_learned(
     if not isinstance(method, StaticSparse) or method.regions is None:
         raise ValueError(f"folders must hold models with static regions, got {folder}")
     shape, table = describe(model), method.regions
-    if shape.is_causal:
-        raise ValueError(f"folders must hold models without causal attention, got {folder}")
     found: list[dict[str, Any]] = []
     for n in map(int, table.lengths):
         layers = [list(decode_heads(table.encoded(n, layer))) for layer in range(shape.layers)]
         rows = _timed(
             [(f"learned, {folder.name}", layers, "auto")], n, shape.head_dim, dtype,
-            batch=max(1, tokens // n), repeats=repeats, seed=seed,
+            batch=max(1, tokens // n), is_causal=shape.is_causal, repeats=repeats, seed=seed,
         )  # fmt: skip
+        # Of the tiles that causality allows.
+        rows[1]["density"] = method.tile_density(n, is_causal=shape.is_causal)
         found += [{**row, "layers": shape.layers, "folder": str(folder)} for row in rows]
     return found
 
@@ -152,6 +152,7 @@ def _timed(
     batch: int,
     repeats: int,
     seed: int,
+    is_causal: bool = False,
 ) -> list[dict[str, Any]]:
     """Rows of (contender, heads of each layer, backend), after that of dense SDPA."""
     generator = torch.Generator().manual_seed(seed)
@@ -162,7 +163,7 @@ def _timed(
 
     def dense() -> None:
         for _ in range(layers):
-            F.scaled_dot_product_attention(query, key, value)
+            F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
 
     def sparse(plans: list[RegionPlan], backend: str) -> None:
         for plan in plans:
@@ -172,7 +173,7 @@ def _timed(
     facts: dict[str, dict[str, float]] = {"dense SDPA": {"density": 1.0, "plan_ms": 0.0}}
     for name, regions, backend in masks:
         began = time.perf_counter()
-        plans = [plan_regions(layer, n, n) for layer in regions]
+        plans = [plan_regions(layer, n, n, is_causal=is_causal) for layer in regions]
         planning = time.perf_counter() - began
         work = [density(head, n, n) for layer in regions for head in layer]
         facts[name] = {"density": sum(work) / len(work), "plan_ms": planning * 1e3}
@@ -188,6 +189,7 @@ def _timed(
             "heads": heads,
             "head_dim": head_dim,
             "dtype": str(dtype).removeprefix("torch."),
+            "causal": is_causal,
             **facts[name],
             "ms": timing.ms,
             "spread": timing.spread,
