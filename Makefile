@@ -13,6 +13,9 @@ OLD := .venv-oldest/bin
 FRAME := pyproject.toml constraints.txt CMakeLists.txt $(shell find src/sparseloom/kernels/cpu/csrc -type f)
 PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := -m pytest -q --durations=15
+# Processes that share the tests, each with some gigabytes of its own; threads that wait for work
+# leave the cores to the others.
+JOBS ?= 2
 ifdef CI
 export SPARSELOOM_REQUIRE_CPU := 1
 export SPARSELOOM_WERROR := ON
@@ -33,7 +36,7 @@ build: .venv/.stamp-run ## Compile what changed of the C++ backend, or show why 
 	$(BIN)/python $(PIP) --no-build-isolation --no-deps -e .
 
 test: .venv/.stamp-dev ## Run the tests (TESTS=... chooses some)
-	$(BIN)/python $(PYTEST) $(TESTS)
+	OMP_WAIT_POLICY=passive $(BIN)/python $(PYTEST) -n $(JOBS) --dist worksteal $(TESTS)
 
 test-gpu: .venv/.stamp-dev ## Run what needs a CUDA device; every test says why where there is none
 	$(BIN)/python $(PYTEST) -rs -m gpu $(TESTS)
