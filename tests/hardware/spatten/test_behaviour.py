@@ -57,7 +57,7 @@ def test_seeds_change_pivots_and_nothing_else(traces: dict[str, Trace]) -> None:
 @pytest.mark.parametrize(
     ("settings", "lengths", "message"),
     [
-        ({}, (1, 1025), "a row of 1025 scores take 129 lines of 8, but softmax.row_fifo_depth"),
+        ({}, (1, 1025), "1025 scores of a row take 129 lines of 8, but softmax.row_fifo_depth"),
         ({"key_sram.lines": 64}, (1, 513), "513 keys of 1 heads take 65 lines of 8, but key_sram"),
         ({"value_sram.lines": 4}, (2, 33), "33 values take 5 lines of 8, but value_sram holds 4"),
     ],

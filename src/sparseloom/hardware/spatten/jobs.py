@@ -264,7 +264,7 @@ def _check_room(config: SpAttenConfig, operator: Operator, head: Head, heads: in
     for what, vectors, copies, room, where in (
         (f"{keys} keys of {heads} heads", keys, heads, config.key_sram.lines, "key_sram"),
         (f"{values} values", values, 1, config.value_sram.lines, "value_sram"),
-        (f"a row of {row} scores", row, 1, scores // per_line, "softmax.row_fifo_depth × lanes"),
+        (f"{row} scores of a row", row, 1, scores // per_line, "softmax.row_fifo_depth × lanes"),
     ):
         lines = -(-vectors // per_line) * copies
         if lines > room:
