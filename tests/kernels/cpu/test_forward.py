@@ -92,6 +92,15 @@ def test_dims(tier: str, dims: tuple[int, int], dtype: torch.dtype) -> None:
     check(make_call(dims=dims, dtype=dtype, block=(1, 1)))
 
 
+@pytest.mark.parametrize("dim", range(32, 257, 32))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lists_are_not_read_past_their_end(tier: str, dim: int, dtype: torch.dtype) -> None:
+    call = make_call(24, 128, dtype=dtype, dims=(dim, dim), density=1.0)
+    # What lies behind the last list is far outside the keys.
+    longer = torch.cat([call.indices, torch.full((64,), 1 << 30, dtype=torch.int32)])
+    check(call._replace(indices=longer[: len(call.indices)]))
+
+
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 90), (90, 1), (64, 200), (200, 64), (17, 17)])
 def test_lengths(tier: str, sizes: tuple[int, int]) -> None:
     for is_causal in (False, True):

@@ -151,8 +151,9 @@ SL_INLINE void score_slabs(const Work& w, const Tile& tile, const int32_t* keys,
     int at = 0;
     const auto some = [&]() SL_LAMBDA {
       if (!whole || at >= TILE_KEYS) return;
-      pack_tile_keys<SLABS, true>(w, next, left, at, at + step, there);
-      at += step;
+      const int end = smaller(at + step, TILE_KEYS);
+      pack_tile_keys<SLABS, true>(w, next, left, at, end, there);
+      at = end;
     };
     if (left > 0) {
       ahead(k + TILE_KEYS);
@@ -177,8 +178,8 @@ SL_INLINE void score_slabs(const Work& w, const Tile& tile, const int32_t* keys,
     }
     _tile_stored(0, out + k * R, R * 4);
     if (both) _tile_stored(1, out + (k + 16) * R, R * 4);
+    tile_fence();
   }
-  tile_fence();
 }
 
 // out[key * R + row] of n keys, n padded to 16 by repeating the first; scaled. `ahead(k)` is called
@@ -245,6 +246,7 @@ void add_value_slab(const Work& w, const Tile& tile, const int32_t* keys, int n,
     _tile_loadd(4, here + 512, 64);
     _tile_dpbf16ps(7, 5, 4);
     if (whole) pack_tile_values<true>(w, next, left, dim, TILE_KEYS / 2, TILE_KEYS, there);
+    tile_fence();
   }
   _tile_stored(6, sums, stride);
   _tile_stored(7, sums + 16, stride);
