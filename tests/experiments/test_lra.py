@@ -140,6 +140,16 @@ def test_the_published_contenders_are_all_there() -> None:
     assert "random 90 %" in names
 
 
+def test_narrow_heads_get_predictors_of_their_own_width() -> None:
+    found = {one.name: one.method for one in contenders_of(study_of("image"))}
+    for share in (90, 95):
+        method = found[f"dynamic {share} %, sigma 1.0"]
+        assert isinstance(method, DynamicSparse)
+        assert (method.sparsity, method.projection) == (share / 100, 1.0)
+    for task in ("text", "retrieval", "listops"):
+        assert not any("sigma 1.0" in one.name for one in contenders_of(study_of(task)))
+
+
 @pytest.mark.parametrize("task", ["text", "retrieval", "image", "listops"])
 def test_the_paper_size_is_the_published_recipe(task: str) -> None:
     study = study_of(f"lra-{task}", "paper")

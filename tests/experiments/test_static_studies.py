@@ -67,6 +67,10 @@ def test_contenders_of_the_study() -> None:
     assert found["static 0.25, by mass"].method == StaticSparse(density=0.25, by="mass")
     assert found["static 0.15"].method == StaticSparse(density=0.15, force="diagonal")
     assert found["static 0.25, no entropy terms"].phase == "plain"
+    for density in (0.25, 0.4, 0.15):
+        method = found[f"static {density}, no coarse"].method
+        assert isinstance(method, StaticSparse)
+        assert (method.density, method.coarse) == (density, False)
     phases = {one.phase for one in found.values()}
     plain = static_quality.Study().entropy("plain")
     assert (plain.entropy_weight, plain.mutual_weight) == (0, 0)

@@ -99,7 +99,7 @@ def contenders_of(study: LraStudy) -> list[Contender]:
             if size != 0.25
         ),
         *(
-            Contender(f"dynamic {share:.0%}, sigma 1.0".replace("%", " %"), dynamic(share, 1.0))
+            Contender(f"dynamic {100 * share:.0f} %, sigma 1.0", dynamic(share, 1.0))
             for share in whole
         ),
     ]

@@ -104,7 +104,7 @@ _STUDIES: dict[tuple[str, str], LraStudy] = {
     ("listops", "paper"): _paper("listops", 2000),
     ("text", "small"): _small(
         "text", 512, {"steps": 4000, "warmup_steps": 400, **_FAST}, model=_TINY, items=1000,
-        **{**_SHORT, "warmup_steps": 400, "predictor_lr": 1e-2},
+        **_SHORT,
     ),
     ("retrieval", "small"): _small(
         "retrieval", 512, {"steps": 1200, "warmup_steps": 120, **_FAST}, model=_TINY, **_SHORT

@@ -52,7 +52,7 @@ class Study:
 
     `base` is the folder of a model that is trained for the task; without one, MiniLM gets
     `dense_steps` steps, and the image model must be given.  `densities` are separated by commas,
-    the one of ablations first.  `context` is the longest input.  `first` says how many contenders
+    the main one first.  `context` is the longest input.  `first` says how many contenders
     run, 0 for all; `only` names those that run beside the control, separated by semicolons.  Main
     contenders are scored on `items`, the others on `fewer_items`.
     """
