@@ -55,6 +55,13 @@ def test_a_small_toy_study_is_made_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert static_toy.run_study(study, tmp_path) == [row]
 
 
+def test_an_unknown_contender_leaves_nothing_behind(tmp_path: Path) -> None:
+    study = static_quality.Study(task="bytes", only="static 9")
+    with pytest.raises(ValueError, match="unknown only 'static 9'"):
+        static_quality.run_study(study, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_contenders_of_the_study() -> None:
     found = contenders(static_quality.Study())
     assert list(found)[:4] == ["dense", "static 0.25", "static 0.4", "static 0.15"]

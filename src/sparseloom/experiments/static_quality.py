@@ -171,10 +171,10 @@ def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[st
     Raises:
         ValueError: an unknown task, or no `base` for the image task.
     """
+    wanted, task = chosen(study), _task(study, data)
     study_folder(out, study, free=("first", "only"))
     console = Console(stderr=True)
-    run = _Run(study, out, _task(study, data))
-    wanted = chosen(study)
+    run = _Run(study, out, task)
     scores: dict[str, dict[str, Any]] = {}
     more: dict[str, dict[str, Any]] = {}
     fewer = f"{CONTROL}, {study.fewer_items} items"
