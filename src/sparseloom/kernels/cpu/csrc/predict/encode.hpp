@@ -47,7 +47,8 @@ SL_INLINE F to_floats(const int32_t* p, int n) {
 #if SL_AVX512
   return {_mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(first(n), p))};
 #elif SL_AVX2
-  return {_mm256_cvtepi32_ps(_mm256_maskload_epi32(p, first(n)))};
+  return {_mm256_cvtepi32_ps(n == W ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
+                                    : _mm256_maskload_epi32(p, first(n)))};
 #else
   F a = zero();
   for (int i = 0; i < n; ++i) a.v[i] = static_cast<float>(p[i]);

@@ -1,5 +1,6 @@
 // One query block after another: products, pooling, selection.
 #include "fast_select.hpp"
+#include "pairs.hpp"
 #include "pool.hpp"
 #include "top.hpp"
 
@@ -21,6 +22,8 @@ bool small_scores(long width, int largest, int largest_q) {
 #if SL_FAST
   return largest && largest_q && largest_q < 128 && largest < 128 &&
          largest * largest_q * width < 16000;
+#elif SL_PAIRS
+  return fits_pairs(width, largest, largest_q);
 #endif
   (void)width, (void)largest, (void)largest_q;
   return false;
@@ -39,6 +42,9 @@ SL_INLINE long key_at(long panel, long column) {
 // With AVX512-FP16 four panels lie side by side: [panels / 4][depth / 4][4][16][4].
 void pack(const int8_t* codes, long width, const Keys& keys, long first_panel, long last_panel,
           int8_t* packed, int32_t* sums) {
+#if SL_PAIRS
+  if (keys.small) return pack_pairs(codes, width, keys, first_panel, last_panel, packed);
+#endif
   const KeyMap& map = keys.map;
   constexpr long apart = SL_FAST ? 256 : 64;  // from four codes of a key to the next four
   for (long panel = first_panel; panel < last_panel; ++panel) {
@@ -154,6 +160,13 @@ void keep_top(const SelectArgs& args, const Keys& keys, long b, long h, long blo
 long score(const SelectArgs& args, const Keys& keys, long b, long h, long first, long count,
            const Room& room) {
   const long n = seen(args, keys.map, first + count - 1);
+#if SL_PAIRS
+  if (keys.small) {
+    const PairRows rows = pair_rows(args, keys, b, h, first, count, room.rows);
+    score_pairs(rows, count, keys, n, room.scores, room.stride);
+    return n;
+  }
+#endif
   copy_rows(args, b, h, first, count, room, keys.depth);
   const long panels = round_up(n, 2 * PANEL) / PANEL;
   product(room.rows, keys.depth, keys.codes, keys.sums, panels, room.scores, room.stride,
@@ -175,9 +188,9 @@ void write_pooled(const SelectArgs& args, const Keys& keys, long b, long h, long
       to[keys.map.place ? keys.map.place[i] : i] = x[i];
 }
 
-// Whether masses go by 16 bits (`fast.hpp`) where `select_fast` does not take the block.
+// Whether masses go by 16 bits (`fast.hpp`, where `select_fast` does not take the block; `pairs.hpp`).
 SL_INLINE bool fast_mass(const SelectArgs& args, const Keys& keys) {
-  return SL_FAST && keys.small && args.pooling == Pooling::mass;
+  return (SL_FAST || SL_PAIRS) && keys.small && args.pooling == Pooling::mass;
 }
 
 // Pools the rows into `to` over the first n keys. False: no row votes, or none sees a key.
@@ -188,7 +201,7 @@ bool pool_block(const SelectArgs& args, const Keys& keys, long b, long h, long b
   for (long j = 0; j < n; ++j) to[j] = nothing(args.pooling);
   for (long slab = start; slab < stop; slab += ROWS) {
     const long rows = minimum(ROWS, stop - slab);
-#if SL_FAST
+#if SL_FAST || SL_PAIRS
     if (fast_mass(args, keys) && add_mass16(args, keys, b, h, slab, rows, room, to, voting)) continue;
 #endif
     if (!scored) score(args, keys, b, h, slab, rows, room);

@@ -20,6 +20,9 @@ constexpr int8_t BIAS = static_cast<int8_t>(-128);
 constexpr int8_t BIAS = 0;
 #endif
 
+// Products of small codes, in 16 bits (`pairs.hpp`).
+#define SL_PAIRS (SL_AVX2 && !SL_AVX512)
+
 SL_INLINE int32_t four(const int8_t* p) {
   int32_t x;
   memcpy(&x, p, 4);

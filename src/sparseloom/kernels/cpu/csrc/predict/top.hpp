@@ -33,6 +33,34 @@ static long count_from(const int32_t* x, long n, int32_t level) {
   return count;
 }
 
+#if SL_AVX2 && !SL_AVX512
+// For each set of lanes, the lanes in it.
+struct LaneSets {
+  alignas(64) uint8_t lanes[256][8] = {};
+  constexpr LaneSets() {
+    for (int set = 0; set < 256; ++set)
+      for (int lane = 0, n = 0; lane < 8; ++lane)
+        if (set >> lane & 1) lanes[set][n++] = static_cast<uint8_t>(lane);
+  }
+};
+static constexpr LaneSets lane_sets{};
+
+// The lanes of the set, packed to the front.
+SL_INLINE __m256i packed(__m256i x, unsigned set) {
+  const auto* lanes = reinterpret_cast<const __m128i*>(lane_sets.lanes[set]);
+  return _mm256_permutevar8x32_epi32(x, _mm256_cvtepu8_epi32(_mm_loadl_epi64(lanes)));
+}
+SL_INLINE unsigned set_of(__m256i lanes) {
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes)));
+}
+SL_INLINE __m256i load8(const int32_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+SL_INLINE void store8(int32_t* p, __m256i x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
+}
+#endif
+
 // The numbers in [low, high], packed to `to`, which has room for n + 16.
 static long gather_range(const int32_t* x, long n, int32_t low, int32_t high, int32_t* to) {
   long count = 0, i = 0;
@@ -46,6 +74,15 @@ static long gather_range(const int32_t* x, long n, int32_t low, int32_t high, in
     count += __builtin_popcount(in);
   }
   return count;
+#elif SL_AVX2
+  const __m256i from = _mm256_set1_epi32(low), upto = _mm256_set1_epi32(high);
+  for (; i + 8 <= n; i += 8) {
+    const __m256i some = load8(x + i);
+    const unsigned in =
+        0xff & ~set_of(_mm256_or_si256(_mm256_cmpgt_epi32(from, some), _mm256_cmpgt_epi32(some, upto)));
+    store8(to + count, packed(some, in));
+    count += __builtin_popcount(in);
+  }
 #endif
   for (; i < n; ++i) {
     to[count] = x[i];
@@ -111,7 +148,29 @@ static void write_top(const int32_t* x, long n, long k, int32_t level, const int
     index = _mm512_add_epi32(index, _mm512_set1_epi32(16));
   }
 #else
-  for (long i = 0; i < n && written < k; ++i) {
+  long i = 0;
+#if SL_AVX2
+  const __m256i limit = _mm256_set1_epi32(level);
+  __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  for (; i + 8 <= n && written < k; i += 8) {
+    const __m256i some = load8(x + i);
+    unsigned in = set_of(_mm256_cmpgt_epi32(some, limit));
+    unsigned equal = ties > 0 ? set_of(_mm256_cmpeq_epi32(some, limit)) : 0;
+    for (; equal && ties > 0; equal &= equal - 1, --ties) in |= equal & -equal;
+    const __m256i chosen = packed(place ? load8(place + i) : index, in);
+    const int count = __builtin_popcount(in);
+    if (written + 8 <= k) {
+      store8(out + written, chosen);
+    } else {
+      int32_t last[8];
+      store8(last, chosen);
+      memcpy(out + written, last, static_cast<size_t>(count) * sizeof(int32_t));
+    }
+    written += count;
+    index = _mm256_add_epi32(index, _mm256_set1_epi32(8));
+  }
+#endif
+  for (; i < n && written < k; ++i) {
     const bool tie = x[i] == level && ties > 0;
     out[written] = place ? place[i] : static_cast<int32_t>(i);
     written += x[i] > level || tie;
