@@ -108,7 +108,15 @@ template <int R, int NK>
 SL_INLINE void score_some(const float* packed, const float* const* keys, int at, int width, float* s) {
   constexpr int G = W / R;
   F acc[NK];
-  if constexpr (R == 1) {
+  if constexpr (R == 1 && W == 8) {  // as many chains of sums as keys, whose addresses fit in registers
+    const float* key[NK];
+    for (int k = 0; k < NK; ++k) key[k] = keys[k] + at, acc[k] = zero();
+    for (int d = 0; d < width; d += W) {
+      const F row = load(packed + d);
+#pragma GCC unroll 8
+      for (int k = 0; k < NK; ++k) acc[k] = fma(row, load(key[k] + d), acc[k]);
+    }
+  } else if constexpr (R == 1) {
 #pragma GCC unroll 16
     for (int k = 0; k < NK; ++k) {
       const float* key = keys[k] + at;
@@ -188,11 +196,15 @@ SL_INLINE void add_values(const float* weights, const float* const* values, int 
                           float* sums, int stride) {
   constexpr int MOST = SL_AVX512 ? 8 : 4;
   constexpr int RT = R < MOST ? R : MOST;
-  constexpr int NV = RT <= 4 && SL_AVX512 ? 4 : 2;
+  // Eight chains of sums hide the latency of the FMA; with 32 registers there may be more.
+  constexpr int NV = SL_AVX512 ? (RT <= 4 ? 4 : 2) : SL_AVX2 ? 8 / RT : 2;
   for (int r = 0; r < R; r += RT) {
     int d = 0;
     for (; d + NV * W <= width; d += NV * W)
       value_block<R, RT, NV>(weights + r, values, keys, d, sums + r * stride + d, stride);
+    if constexpr (NV > 4)
+      for (; d + 4 * W <= width; d += 4 * W)
+        value_block<R, RT, 4>(weights + r, values, keys, d, sums + r * stride + d, stride);
     for (; d < width; d += W)
       value_block<R, RT, 1>(weights + r, values, keys, d, sums + r * stride + d, stride);
   }
