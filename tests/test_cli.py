@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparseloom import errors
 from sparseloom.cli import boundary
 from sparseloom.kernels.cpu import native
 from sparseloom.results import read_results, results, validate_results
@@ -731,7 +732,7 @@ def test_error_of_a_validation_library_fits_one_line() -> None:
 
     with pytest.raises(ValidationError) as caught:
         Sizes.model_validate({"rows": "many"})
-    text = boundary.one_line(caught.value)
+    text = errors.one_line(caught.value)
     assert "\n" not in text
     assert text.startswith("rows: ")
     assert "; columns: " in text

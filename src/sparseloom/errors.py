@@ -1,15 +1,48 @@
-"""Errors that no builtin fits, and the two sentences that many modules need."""
+"""Errors that no builtin fits, sentences that many modules need, and what commands report."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import os
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 
 class SparseloomError(Exception):
     """Something went wrong that is neither a bad value nor a missing file or package."""
+
+
+BAD_INPUT = (
+    SparseloomError,
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    NotImplementedError,
+    FloatingPointError,  # a training run that diverged
+)
+"""What a command reports in one line, with exit code 2; anything else is a fault of sparseloom."""
+
+
+def one_line(error: BaseException) -> str:
+    """What `error` says, on one line; a pydantic error says which keys are wrong and why."""
+    if type(error).__module__.startswith("pydantic"):
+        items: list[dict[str, Any]] = getattr(error, "errors", list)()
+        text = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or 'input'}: {item['msg']}" for item in items
+        )
+    elif isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def tracebacks_wanted() -> bool:
+    """Whether `SPARSELOOM_DEBUG` asks commands for the traceback of an error."""
+    return os.environ.get("SPARSELOOM_DEBUG", "") not in {"", "0"}
 
 
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> ValueError:

@@ -46,3 +46,40 @@ def test_a_setting_that_is_no_number_is_refused(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         run_command("x", None, Settings(), lambda *_: [], arguments=["--joint-steps", "many"])
     assert "invalid int value: 'many'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            ValueError("task must be one of imdb,\nbytes, got 'x'"),
+            2,
+            "task must be one of imdb, bytes",
+        ),
+        (FileNotFoundError(2, "No such file or directory", "data"), 2, "data: No such file"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+    ],
+)
+def test_an_error_is_one_line(
+    error: BaseException,
+    code: int,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(*_: Any) -> list[dict[str, Any]]:
+        raise error
+
+    words = ["--results", str(tmp_path / "r.json")]
+    with pytest.raises(SystemExit) as left:
+        run_command("x", None, Settings(), run, arguments=words)
+    assert left.value.code == code
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {said}")
+    assert len(shown.splitlines()) == 1
+    assert not (tmp_path / "r.json").exists()
+    if code == 2:
+        monkeypatch.setenv("SPARSELOOM_DEBUG", "1")
+        with pytest.raises(type(error)):
+            run_command("x", None, Settings(), run, arguments=words)

@@ -10,23 +10,13 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
 
 import typer
 
-from sparseloom.errors import SparseloomError
+from sparseloom.errors import BAD_INPUT, one_line, tracebacks_wanted
 
 # typer carries its own copy of click from some version on; its base is the same class either way.
 _UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
-_BAD_INPUT = (
-    SparseloomError,
-    ValueError,
-    TypeError,
-    OSError,
-    ImportError,
-    NotImplementedError,
-    FloatingPointError,  # a training run that diverged
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,7 +42,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # The reader went away, as `| head` does: nothing to say, and nothing left to flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except _BAD_INPUT as error:
+    except BAD_INPUT as error:
         return _report(one_line(error), 2)
     except Exception as error:  # noqa: BLE001  the boundary
         if isinstance(error, _ClickException):
@@ -60,20 +50,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
         hint = "please report it; SPARSELOOM_DEBUG=1 shows where it happened"
         return _report(f"internal: {type(error).__name__}: {one_line(error)} ({hint})", 1)
     return code if isinstance(code, int) else 0
-
-
-def one_line(error: BaseException) -> str:
-    """What `error` says, on one line; a pydantic error says which keys are wrong and why."""
-    if type(error).__module__.startswith("pydantic"):
-        items: list[dict[str, Any]] = getattr(error, "errors", list)()
-        text = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'input'}: {item['msg']}" for item in items
-        )
-    elif isinstance(error, OSError) and error.strerror and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
-    else:
-        text = str(error)
-    return " ".join(text.split()) or type(error).__name__
 
 
 def _usage(error: Exception) -> str:
@@ -84,7 +60,7 @@ def _usage(error: Exception) -> str:
 
 
 def _report(message: str, code: int) -> int:
-    if os.environ.get("SPARSELOOM_DEBUG", "") not in {"", "0"} and sys.exc_info()[0]:
+    if tracebacks_wanted() and sys.exc_info()[0]:
         traceback.print_exc()
     sys.stdout.flush()
     print(f"error: {message}", file=sys.stderr)  # noqa: T201

@@ -29,6 +29,7 @@ from sparseloom.experiments.contenders import (
     study_folder,
     tuned,
 )
+from sparseloom.experiments.precision import Precision, trained_in
 from sparseloom.experiments.study_command import run_command
 from sparseloom.methods import Dense, DynamicSparse, Method, Oracle, RandomMask, SlidingWindow
 from sparseloom.models import LoadedModel, load_model
@@ -51,6 +52,7 @@ class Study:
     lr: float = 1e-4
     predictor_lr: float = 3e-3
     seed: int = 7
+    mixed_precision: Precision = dataclasses.field(default_factory=trained_in)
 
 
 def contenders(study: Study, dynamic: DynamicSparse) -> dict[str, tuple[Method, Method | None]]:
@@ -111,7 +113,7 @@ def _warm_up(study: Study, folder: Path) -> DynamicSparse:
             batches,
             warmup_steps=study.warmup_steps,
             predictor_lr=study.predictor_lr,
-            mixed_precision="bf16",
+            mixed_precision=study.mixed_precision,
             seed=study.seed,
             out=folder.with_name("predictor-run"),
         )
@@ -135,7 +137,7 @@ def _tune(study: Study, name: str, method: Method, out: Path) -> tuple[LoadedMod
             steps=study.joint_steps,
             lr=study.lr,
             predictor_lr=study.predictor_lr / 10,
-            mixed_precision="bf16",
+            mixed_precision=study.mixed_precision,
             seed=study.seed,
             out=folder.with_name(folder.name + "-run"),
         )

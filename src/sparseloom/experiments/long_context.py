@@ -25,6 +25,7 @@ from sparseloom.experiments.contenders import (
     study_folder,
     tuned,
 )
+from sparseloom.experiments.precision import Precision, trained_in
 from sparseloom.experiments.study_command import run_command
 from sparseloom.methods import Dense, DynamicSparse, Method, Oracle, SlidingWindow
 from sparseloom.models import LoadedModel, load_model
@@ -48,6 +49,7 @@ class Study:
     windows: int = 16
     probe: int = 1
     seed: int = 5
+    mixed_precision: Precision = dataclasses.field(default_factory=trained_in)
 
 
 def stretched(length: int) -> LoadedModel:
@@ -97,7 +99,7 @@ def run_study(study: Study, out: Path) -> list[dict[str, Any]]:
             lr=lr,
             predictor_lr=study.predictor_lr / 10,
             query_rows=study.query_rows,
-            mixed_precision="bf16",
+            mixed_precision=study.mixed_precision,
             seed=study.seed,
             out=run,
         )
@@ -116,7 +118,7 @@ def run_study(study: Study, out: Path) -> list[dict[str, Any]]:
             warmup_steps=study.warmup_steps,
             predictor_lr=study.predictor_lr,
             query_rows=study.query_rows,
-            mixed_precision="bf16",
+            mixed_precision=study.mixed_precision,
             seed=study.seed,
             out=out / "predictor-run",
         )
@@ -135,7 +137,13 @@ def run_study(study: Study, out: Path) -> list[dict[str, Any]]:
     def score(label: str, loaded: LoadedModel, method: Method) -> None:
         file = out / f"score-{slug(label)}.json"
         scores[label] = scored(
-            file, task, loaded, method, limit=study.windows, probe=study.probe, autocast=True
+            file,
+            task,
+            loaded,
+            method,
+            limit=study.windows,
+            probe=study.probe,
+            autocast=study.mixed_precision == "bf16",
         )
 
     for label, method in own.items():

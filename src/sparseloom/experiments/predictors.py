@@ -31,6 +31,7 @@ from sparseloom.experiments.contenders import (
     study_folder,
     tuned,
 )
+from sparseloom.experiments.precision import Precision, trained_in
 from sparseloom.methods import (
     AttentionGate,
     Dense,
@@ -67,6 +68,7 @@ class Study:
     context: int = 2048
     predictor_lr: float = 3e-3
     seed: int = 7
+    mixed_precision: Precision = dataclasses.field(default_factory=trained_in)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -170,7 +172,7 @@ def _train(
             warmup_steps=study.steps,
             loss=entry.loss,
             predictor_lr=study.predictor_lr,
-            mixed_precision="bf16",
+            mixed_precision=study.mixed_precision,
             seed=study.seed,
             out=run,
         )

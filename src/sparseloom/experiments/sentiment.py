@@ -28,6 +28,7 @@ from sparseloom.experiments.contenders import (
     study_folder,
     tuned,
 )
+from sparseloom.experiments.precision import Precision, trained_in
 from sparseloom.experiments.study_command import run_command
 from sparseloom.integrations.describe import attention_modules
 from sparseloom.methods import Dense, DynamicSparse, Method, RandomMask, SlidingWindow
@@ -57,6 +58,7 @@ class Study:
     fewer_items: int = 2_000
     probe: int = 32
     seed: int = 11
+    mixed_precision: Precision = dataclasses.field(default_factory=trained_in)
     first: int = 0
 
 
@@ -119,7 +121,7 @@ def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[st
                 method,
                 limit=limit,
                 probe=study.probe,
-                autocast=True,
+                autocast=study.mixed_precision == "bf16",
                 console=console,
             )
             if limit == study.fewer_items:
@@ -143,7 +145,7 @@ def _base(study: Study, task: SentimentClassification, out: Path) -> Path:
             batches,
             steps=study.dense_steps,
             lr=study.dense_lr,
-            mixed_precision="bf16",
+            mixed_precision=study.mixed_precision,
             seed=study.seed,
             out=out / "base-run",
         )
@@ -172,7 +174,7 @@ def _tune(
                 warmup_steps=steps,
                 predictor_lr=study.predictor_lr,
                 query_rows=study.query_rows,
-                mixed_precision="bf16",
+                mixed_precision=study.mixed_precision,
                 seed=study.seed,
                 # What is warmed up depends on the predictor alone, so contenders share it.
                 out=out / f"predictor-{method.bits}-{method.projection}-run",
@@ -188,7 +190,7 @@ def _tune(
             lr=study.lr,
             predictor_lr=study.predictor_lr / 10,
             query_rows=study.query_rows,
-            mixed_precision="bf16",
+            mixed_precision=study.mixed_precision,
             seed=study.seed,
             out=run,
         )

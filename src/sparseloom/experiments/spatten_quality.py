@@ -38,6 +38,7 @@ from sparseloom.experiments.contenders import (
     study_folder,
     tuned,
 )
+from sparseloom.experiments.precision import Precision, trained_in
 from sparseloom.experiments.search import search
 from sparseloom.experiments.study_command import run_command
 from sparseloom.integrations.describe import describe
@@ -81,6 +82,7 @@ class Study:
     search_loss: float = 0.5
     tuned_curves: int = 1
     seed: int = 5
+    mixed_precision: Precision = dataclasses.field(default_factory=trained_in)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "sts-b": Recipe(32, 100, 200, 5e-5, 1e-4, curves=True),
-    "sts-b-pairs": Recipe(32, 480, 320, 1e-4, 1e-4, front=0.5, adaptive=True),
+    "sts-b-pairs": Recipe(32, 480, 960, 1e-4, 1e-4, front=0.5, adaptive=True),
     "sst-2": Recipe(64, 220, 90, 1e-4, 1e-4, front=0.5, adaptive=True),
     "cola": Recipe(32, 480, 160, 1e-4, 1e-4, front=0.5, adaptive=True),
 }
@@ -194,7 +196,8 @@ def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[st
         found = rows_against(Against(MODEL, task, "dense", study.seed), scores)
         for row, one in zip(found, wanted.values(), strict=True):
             recipe = dataclasses.asdict(RECIPES[task.name])
-            rows.append(row | {"kind": one.kind, "fine_tuned": one.tuned, **recipe})
+            more = {"mixed_precision": study.mixed_precision}
+            rows.append(row | {"kind": one.kind, "fine_tuned": one.tuned, **recipe, **more})
     return rows
 
 
@@ -216,7 +219,7 @@ def _scores(
             limit=study.search_items or None,
             out=out / "search",
             seed=study.seed,
-            autocast=True,
+            autocast=study.mixed_precision == "bf16",
             console=console,
         ).best
     assert searched is None or isinstance(searched, SpAtten)
@@ -239,7 +242,7 @@ def _scores(
             one.method,
             limit=study.items or None,
             probe=0,
-            autocast=True,
+            autocast=study.mixed_precision == "bf16",
             console=console,
         )
         console.print(f"{task.name}, {label}: {scores[label]['value']:.4f}")
@@ -251,7 +254,7 @@ def _base(study: Study, recipe: Recipe, task: Task, out: Path) -> Path:
     steps = recipe.base_steps
 
     def train(loaded: LoadedModel) -> tuple[Method, Log]:
-        return Dense(), _train(loaded, Dense(), task, recipe, steps, recipe.base_lr, study.seed)
+        return Dense(), _train(loaded, Dense(), task, recipe, steps, recipe.base_lr, study)
 
     tuned(out / "base", lambda: _fresh(MODEL, task, study.seed), Dense(), train)
     return out / "base"
@@ -264,7 +267,7 @@ def _tune(
     steps = recipe.steps
 
     def train(loaded: LoadedModel) -> tuple[Method, Log]:
-        return method, _train(loaded, method, task, recipe, steps, recipe.lr, study.seed + 1)
+        return method, _train(loaded, method, task, recipe, steps, recipe.lr, study, 1)
 
     return tuned(out / slug(label), lambda: _fresh(base, task, study.seed), method, train)
 
@@ -276,8 +279,10 @@ def _train(
     recipe: Recipe,
     steps: int,
     lr: float,
-    seed: int,
+    study: Study,
+    stage: int = 0,
 ) -> Log:
+    seed = study.seed + stage
     pairs = isinstance(task, SemanticSimilarity)
     draw = task.labelled_batches if pairs else task.batches
     loaded.model.get_input_embeddings().requires_grad_(False)
@@ -290,7 +295,7 @@ def _train(
             steps=steps,
             lr=lr,
             model_loss=cosine_loss if pairs else None,
-            mixed_precision="bf16",
+            mixed_precision=study.mixed_precision,
             settings=LoopSettings(steps, warmup=0.1, betas=(0.9, 0.999), weight_decay=0.01),
             seed=seed,
         )

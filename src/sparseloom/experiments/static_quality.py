@@ -31,6 +31,7 @@ from sparseloom.experiments.contenders import (
     study_folder,
     tuned,
 )
+from sparseloom.experiments.precision import Precision, trained_in
 from sparseloom.experiments.sentiment import classifier
 from sparseloom.experiments.study_command import run_command
 from sparseloom.integrations import describe
@@ -74,7 +75,7 @@ class Study:
     query_rows: int = 64
     items: int = 10_000
     fewer_items: int = 2_000
-    mixed_precision: str = "bf16"
+    mixed_precision: Precision = dataclasses.field(default_factory=trained_in)
     seed: int = 11
     first: int = 0
     only: str = ""
@@ -236,7 +237,7 @@ class _Run:
                     entropy=study.entropy(contender.phase),
                     lengths=_lengths(study, method),
                     masked_lr=study.lr,
-                    mixed_precision=self._precision(),
+                    mixed_precision=study.mixed_precision,
                     seed=study.seed,
                     out=folder.with_name(folder.name + "-run"),
                 )
@@ -302,7 +303,7 @@ class _Run:
             batches,
             steps=len(batches),
             lr=lr,
-            mixed_precision=self._precision(),
+            mixed_precision=self.study.mixed_precision,
             entropy=entropy,
             seed=self.study.seed,
             out=folder.with_name(folder.name + "-run"),
@@ -319,9 +320,6 @@ class _Run:
                 seed=study.seed + stage,
             )
         )
-
-    def _precision(self) -> Any:
-        return self.study.mixed_precision
 
 
 def _task(study: Study, data: Path | None) -> Task:

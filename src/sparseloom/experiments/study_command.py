@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparseloom.errors import BAD_INPUT, one_line, tracebacks_wanted
 from sparseloom.results import write_results
 
 
@@ -23,7 +24,7 @@ def run_command(
     """Run `python -m sparseloom.experiments.NAME` and write its rows.
 
     The results name the command with every setting that was not the default, so that they say how
-    they were made.
+    they were made.  Bad input ends in one line and exit code 2, as with `sparseloom`.
 
     Args:
         name: of the module, and of the file in `results/` and the folder in `out/`.
@@ -49,8 +50,15 @@ def run_command(
         for key, value in given.items()
         if value != getattr(defaults, key)
     ]
-    rows = run(dataclasses.replace(defaults, **given), out, data)
-    write_results(results, rows, command=parser.prog + "".join(changed))
+    try:
+        rows = run(dataclasses.replace(defaults, **given), out, data)
+        write_results(results, rows, command=parser.prog + "".join(changed))
+    except BAD_INPUT as error:
+        if tracebacks_wanted():
+            raise
+        parser.exit(2, f"error: {one_line(error)}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"error: interrupted; the same command goes on from what lies in {out}\n")
 
 
 def _flag(name: str) -> str:

@@ -187,7 +187,7 @@ def test_ties_go_to_the_lowest_key(tier: str) -> None:
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("sharp", [0.3, 1.5, 30.0])
+@pytest.mark.parametrize("sharp", [0.3, 1.5, 7.0, 30.0])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("block_size", [(8, 1), (32, 1)])
 def test_long_selections_retain_as_much(
