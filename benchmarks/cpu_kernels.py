@@ -3,6 +3,7 @@
     python benchmarks/cpu_kernels.py                  # everything: ten minutes on two idle cores
     python benchmarks/cpu_kernels.py --part whole     # one part, merged into the file
     python benchmarks/cpu_kernels.py --table          # the table of the file, as Markdown
+    python benchmarks/cpu_kernels.py --out results/cpu_kernels_avx2.json   # of another machine
 
 Writes results/cpu_kernels.json: every timed row with the machine's peaks beside it, and for each
 goal of the backend what was reached.
@@ -11,6 +12,7 @@ goal of the backend what was reached.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -219,7 +221,9 @@ def main() -> None:
                 wanted.repeats, lambda step, name=name: status.update(f"{name}: {step}")
             )
             rows += [{"part": name, **row} for row in made]
-    found = results([*rows, *goals(rows)], command=f"python benchmarks/{Path(__file__).name}")
+    elsewhere = "" if wanted.out == OUT else f" --out {shlex.quote(str(wanted.out))}"
+    command = f"python benchmarks/{Path(__file__).name}{elsewhere}"
+    found = results([*rows, *goals(rows)], command=command)
     write_results(wanted.out, found)
     for row in goals(rows):
         mark = "yes" if row["met"] else "NO"

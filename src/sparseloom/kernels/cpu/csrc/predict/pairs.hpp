@@ -123,9 +123,9 @@ struct MassRows {
   long most = 0, voting = 0;
   bool clamp = false;  // exponents may lie below those of fp32
 };
-constexpr float HIGHEST_POWER = 100, LEAST_SUM = 1e-27f;  // 2^-90
+constexpr float HIGHEST_POWER = 100, LOWEST_POWER = -120, LEAST_SUM = 1e-27f;  // 2^-90
 
-// False: the bound is too far away.
+// False: the bound is too far away, or steps between scores are too large.
 static bool mass_rows(const SelectArgs& args, const Keys& keys, long b, long h, long first,
                       long count, MassRows& mass) {
   for (long r = 0; r < count; ++r) {
@@ -140,10 +140,10 @@ static bool mass_rows(const SelectArgs& args, const Keys& keys, long b, long h, 
     for (long i = 0; i < args.width; ++i) sizes += codes[i] < 0 ? -codes[i] : codes[i];
     mass.unit[r] = args.q_scale[row] * args.k_scale[h] * LOG2E;
     const float bound = static_cast<float>(sizes * keys.largest) * mass.unit[r];
-    if (!(bound < 1000.0f)) return false;
+    if (!(bound < 1000.0f && mass.unit[r] >= 0.0f && mass.unit[r] < 8.0f)) return false;
     const float base = bound > HIGHEST_POWER ? HIGHEST_POWER - bound : 0.0f;
-    mass.clamp |= base - bound < -125.0f;
-    // What rounding does to it is the same for the whole row, and shared out with the rest.
+    mass.clamp |= base - bound < LOWEST_POWER;
+    // Rounding moves all exponents of the row by the same, at most 4, and shares cancel that.
     mass.base[r] = base - (8388608.0f + 32768.0f) * mass.unit[r];
   }
   return true;
@@ -152,7 +152,8 @@ static bool mass_rows(const SelectArgs& args, const Keys& keys, long b, long h, 
 // e[key] of one row and the keys from ... upto - 1, from their scores; returns their sum. ALL: it sees
 // all of these keys.
 //
-// A score of 16 bits, 2^15 added, is the low half of a float between 2^23 and 2^24.
+// A score of 16 bits, 2^15 added, is the low half of a float from 2^23 on; `base` takes 2^23 + 2^15
+// off again.
 template <bool CLAMP, bool ALL>
 static F exponentials(const int16_t* scores, long from, long upto, const MassRows& mass, long row,
                       float* e) {

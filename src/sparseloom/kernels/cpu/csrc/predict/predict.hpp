@@ -10,7 +10,8 @@ namespace sparseloom {
 
 // Codes that a product reads are packed in panels of 16 columns: in each panel, depth / 4 groups of
 // four consecutive codes per column, [depth / 4][16][4]. `sums` holds 128 times the sum of each
-// column, which products of codes biased by 128 (those of VNNI) take off again.
+// column, which products of codes biased by 128 (those of VNNI) take off again. Small codes of keys are
+// packed otherwise with AVX2 (`pairs.hpp`).
 constexpr long PANEL = 16;
 constexpr long ROWS = 16;  // rows that are multiplied at once
 // Where scores go by 16 bits (`fast.hpp`), keys come in whole slabs of 8 panels, after 4 that may be
