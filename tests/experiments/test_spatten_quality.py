@@ -75,7 +75,7 @@ def test_a_small_study(words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(spatten_quality, "TOKENS", (0.5,))
     monkeypatch.setattr(spatten_quality, "HEADS", (0.6,))
     monkeypatch.setitem(RECIPES, "sts-b", Recipe(4, 2, 1, 1e-4, 1e-4, curves=True))
-    study = Study(tasks="sts-b", trials=1, search_items=0)
+    study = Study(tasks="sts-b", trials=1, search_items=0, longer=2)
     rows = run_study(study, tmp_path / "out", data)
     by = {row["contender"]: row for row in rows}
     assert by["dense"]["loss"] == 0.0
@@ -83,7 +83,8 @@ def test_a_small_study(words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert by["tokens 50%"]["macs_left"] == by["tokens 50%" + UNTUNED]["macs_left"]
     assert by["tokens 50%"]["value"] != by["tokens 50%" + UNTUNED]["value"]
     curve = json.loads((tmp_path / "out/sts-b/tokens-50-curve.json").read_text())
-    assert [step["step"] for step in curve] == [1.0]
+    assert [step["step"] for step in curve] == [1.0, 2.0]
+    assert by["dense"]["steps"] == 2
     monkeypatch.setattr(spatten_quality, "finetune", None)  # everything is there already
     assert run_study(study, tmp_path / "out", data) == rows
     lines = tables(rows)
