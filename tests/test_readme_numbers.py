@@ -138,3 +138,16 @@ def test_the_table_of_the_cpu_backend_is_in_the_results(text: str, file: str) ->
     shown = (ROOT / text).read_text("utf-8")
     for line_of_table in lines:
         assert line_of_table in shown
+
+
+def test_the_sentence_on_avx2_is_in_its_table() -> None:
+    table = (ROOT / "docs/cpu.md").read_text("utf-8").splitlines()
+
+    def cells(start: str) -> str:
+        (found,) = (line for line in table if line.startswith(f"| {start}"))
+        first, second, third = found.strip("| ").split(" | ")[1:]
+        return f"{first}, {second} and {third}"
+
+    text = (ROOT / "README.md").read_text("utf-8")
+    given, whole = cells("8×1 vectors, mask given"), cells("8×1, predicted, selected")
+    assert f"8×1 vectors are {given} faster, predicted and selected {whole} (" in text

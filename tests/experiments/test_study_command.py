@@ -83,3 +83,9 @@ def test_an_error_is_one_line(
         monkeypatch.setenv("SPARSELOOM_DEBUG", "1")
         with pytest.raises(type(error)):
             run_command("x", None, Settings(), run, arguments=words)
+
+
+def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_command("x", "A study of 90 %.", Settings(), lambda *_: [], arguments=["--help"])
+    assert "default: 60" in capsys.readouterr().out

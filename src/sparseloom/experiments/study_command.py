@@ -42,7 +42,8 @@ def run_command(
     parser.add_argument("--results", type=Path, default=Path(f"results/{name}.json"))
     for field in dataclasses.fields(defaults):
         value = getattr(defaults, field.name)
-        parser.add_argument(_flag(field.name), type=type(value), default=value)
+        shown = f"default: {value}".replace("%", "%%")
+        parser.add_argument(_flag(field.name), type=type(value), default=value, help=shown)
     given = vars(parser.parse_args(arguments))
     out, data, results = (given.pop(word) for word in ("out", "data", "results"))
     changed = [
