@@ -281,7 +281,7 @@ def test_calls_that_cannot_run_are_refused_with_the_reason() -> None:
         decode_attention(query, (key, value), backend="cpu")
 
 
-def test_lists_that_name_no_key_are_refused() -> None:
+def test_lists_that_name_no_key_are_refused(tier: str) -> None:
     query, key, value = _tensors(2, 2, 1, 9, 8, 8)
     for dtype in (torch.int64, torch.int32):
         keep = torch.zeros(2, 2, 40000, dtype=dtype)
@@ -290,3 +290,10 @@ def test_lists_that_name_no_key_are_refused() -> None:
             _decode(query, (key, value), keep=keep, backend="cpu")
     with pytest.raises(IndexError, match="got 4294967296 at batch 0, head 0, position 0"):
         _decode(query, (key, value), keep=torch.full((2, 1, 3), 1 << 32), backend="cpu")
+    # Full vectors, too, look at each entry.
+    for wrong in (9, -2, (1 << 32) + 3, -(1 << 32), (1 << 63) - 1, -(1 << 63)):
+        for at in (0, 13, 18, 39):
+            keep = (torch.arange(40) % 10 - 1).expand(2, 1, 40).clone()
+            keep[1, 0, at] = wrong
+            with pytest.raises(IndexError, match=f"got {wrong} at batch 1, head 0, position {at}"):
+                _decode(query, (key, value), keep=keep, backend="cpu")

@@ -1,5 +1,6 @@
 // What happens to one row of scores: softmax, the largest ones, conversions.
 #include "decode.hpp"
+#include "../pack.hpp"
 #include "lanes.hpp"
 
 namespace sparseloom::SL_TIER {
@@ -71,6 +72,31 @@ int64_t compact_list(const Index* keep, int64_t n, int64_t kv_len, const uint8_t
                              _mm512_cvtepi64_epi32(packed));
     count += found;
   }
+#elif SL_AVX2
+  for (; !padding && i + 8 <= n; i += 8) {
+    __m256i refused, key;
+    if constexpr (sizeof(Index) == 8) {
+      const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keep + i));
+      const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keep + i + 4));
+      const __m256i least = _mm256_set1_epi64x(-1), beyond = _mm256_set1_epi64x(kv_len - 1);
+      const auto outside = [&](__m256i x) SL_LAMBDA {
+        return _mm256_or_si256(_mm256_cmpgt_epi64(least, x), _mm256_cmpgt_epi64(x, beyond));
+      };
+      refused = _mm256_or_si256(outside(first), outside(second));
+      const __m256 halves =
+          _mm256_shuffle_ps(_mm256_castsi256_ps(first), _mm256_castsi256_ps(second), 0x88);
+      key = _mm256_permute4x64_epi64(_mm256_castps_si256(halves), 0xd8);
+    } else {
+      key = load8(keep + i);
+      refused = _mm256_or_si256(
+          _mm256_cmpgt_epi32(_mm256_set1_epi32(-1), key),
+          _mm256_cmpgt_epi32(key, _mm256_set1_epi32(static_cast<int32_t>(kv_len - 1))));
+    }
+    if (set_of(refused)) break;
+    const unsigned in = set_of(_mm256_cmpgt_epi32(key, _mm256_set1_epi32(-1)));
+    store8(list + count, packed(key, in));
+    count += __builtin_popcount(in);
+  }
 #endif
   for (; i < n; ++i) {
     const int64_t key = keep[i];
@@ -119,6 +145,15 @@ int64_t take_between(const float* x, int64_t n, float low, float high, float* to
         _mm512_cmp_ps_mask(v, a, _CMP_GT_OQ) & _mm512_cmp_ps_mask(v, b, _CMP_LE_OQ);
     // Never beyond what has been read, so x and `to` may be the same.
     _mm512_storeu_ps(to + kept, _mm512_maskz_compress_ps(in, v));
+    kept += __builtin_popcount(in);
+  }
+#elif SL_AVX2
+  const __m256 a = _mm256_set1_ps(low), b = _mm256_set1_ps(high);
+  for (; i + W <= n; i += W) {
+    const F v = load(x + i);
+    const unsigned in = set_of(
+        _mm256_and_ps(_mm256_cmp_ps(v.v, a, _CMP_GT_OQ), _mm256_cmp_ps(v.v, b, _CMP_LE_OQ)));
+    store(to + kept, packed(v, in));  // never beyond what has been read, here either
     kept += __builtin_popcount(in);
   }
 #endif
@@ -204,6 +239,20 @@ int64_t select(float* scores, int64_t n, int64_t budget, const int32_t* list, in
       kept += count;
     }
     where = _mm512_add_epi32(where, _mm512_set1_epi32(W));
+  }
+#elif SL_AVX2
+  const __m256 bound = _mm256_set1_ps(limit);
+  __m256i where = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  for (; i + W <= n; i += W) {
+    const F v = load(scores + i);
+    unsigned in = set_of(_mm256_cmp_ps(v.v, bound, _CMP_GT_OQ));
+    unsigned ties = set_of(_mm256_cmp_ps(v.v, bound, _CMP_EQ_OQ));
+    for (; ties && equal > 0; ties &= ties - 1, --equal) in |= ties & -ties;
+    // Whole vectors: never beyond what has been read of this row.
+    store(scores + kept, packed(v, in));
+    store8(positions + kept, packed(list ? load8(list + i) : where, in));
+    kept += __builtin_popcount(in);
+    where = _mm256_add_epi32(where, _mm256_set1_epi32(W));
   }
 #endif
   for (; i < n; ++i) {

@@ -1,7 +1,7 @@
 // The largest k of n numbers, exactly; of equal ones the first.
 #pragma once
 
-#include "../simd.hpp"
+#include "../pack.hpp"
 
 namespace sparseloom::SL_TIER {
 
@@ -32,34 +32,6 @@ static long count_from(const int32_t* x, long n, int32_t level) {
   for (; i < n; ++i) count += x[i] >= level;
   return count;
 }
-
-#if SL_AVX2 && !SL_AVX512
-// For each set of lanes, the lanes in it.
-struct LaneSets {
-  alignas(64) uint8_t lanes[256][8] = {};
-  constexpr LaneSets() {
-    for (int set = 0; set < 256; ++set)
-      for (int lane = 0, n = 0; lane < 8; ++lane)
-        if (set >> lane & 1) lanes[set][n++] = static_cast<uint8_t>(lane);
-  }
-};
-static constexpr LaneSets lane_sets{};
-
-// The lanes of the set, packed to the front.
-SL_INLINE __m256i packed(__m256i x, unsigned set) {
-  const auto* lanes = reinterpret_cast<const __m128i*>(lane_sets.lanes[set]);
-  return _mm256_permutevar8x32_epi32(x, _mm256_cvtepu8_epi32(_mm_loadl_epi64(lanes)));
-}
-SL_INLINE unsigned set_of(__m256i lanes) {
-  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes)));
-}
-SL_INLINE __m256i load8(const int32_t* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-}
-SL_INLINE void store8(int32_t* p, __m256i x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
-}
-#endif
 
 // The numbers in [low, high], packed to `to`, which has room for n + 16.
 static long gather_range(const int32_t* x, long n, int32_t low, int32_t high, int32_t* to) {
