@@ -31,7 +31,18 @@ def test_results_name_the_settings_that_were_changed(tmp_path: Path) -> None:
     run_command("adaptation", "A study.\n\nMore.", Settings(), run, arguments=words)
     assert seen == [(Settings(joint_steps=7), tmp_path, None)]
     command = json.loads((tmp_path / "r.json").read_text())["command"]
-    assert command == "python -m sparseloom.experiments.adaptation --joint-steps 7"
+    plain = "python -m sparseloom.experiments.adaptation --joint-steps 7"
+    assert command == f"{plain} --results {shlex.quote(words[3])}"
+
+
+def test_results_in_their_usual_place_need_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"record": "table", "name": "a", "title": "b"}]
+    run_command("adaptation", None, Settings(), lambda *_: rows, arguments=[])
+    stored = json.loads((tmp_path / "results/adaptation.json").read_text())
+    assert stored["command"] == "python -m sparseloom.experiments.adaptation"
 
 
 def test_the_command_can_be_typed_again(tmp_path: Path) -> None:
@@ -39,7 +50,7 @@ def test_the_command_can_be_typed_again(tmp_path: Path) -> None:
     rows = [{"record": "table", "name": "a", "title": "b"}]
     run_command("adaptation", None, Settings(), lambda *_: rows, arguments=words)
     command = json.loads((tmp_path / "r.json").read_text())["command"]
-    assert shlex.split(command)[-2:] == words[:2]
+    assert shlex.split(command)[-4:] == words
 
 
 def test_a_setting_that_is_no_number_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

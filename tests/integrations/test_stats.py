@@ -14,7 +14,15 @@ from sparseloom.integrations import sparsify
 from sparseloom.integrations.counts import LayerCounts, kept_pairs
 from sparseloom.kernels import available_backends
 from sparseloom.mask import SparseMask
-from sparseloom.methods import AttentionInputs, Dense, Oracle, SlidingWindow, overlap, retained_mass
+from sparseloom.methods import (
+    H2O,
+    AttentionInputs,
+    Dense,
+    Oracle,
+    SlidingWindow,
+    overlap,
+    retained_mass,
+)
 
 
 class Counter:
@@ -119,6 +127,8 @@ def test_diagnosis(zoo: SimpleNamespace, family: str) -> None:
     with sparsify(model, Dense(), diagnose=True) as dense:
         model(**inputs)
     assert "retained_mass" not in dense.stats()[0]
+    with pytest.raises(ValueError, match=r"diagnose=True .* 'h2o' selects none"):
+        sparsify(model, H2O(), diagnose=True)
 
 
 def test_a_layer_that_was_replaced_once_stays_so() -> None:

@@ -316,7 +316,8 @@ def _quality(
     loaded: LoadedModel, method: Method, sample: Mapping[str, Any]
 ) -> dict[str, list[float]]:
     """Per layer: share of the oracle's keys found, probability kept, and kept by the oracle."""
-    if method.name in {"dense", "oracle"}:  # the oracle is what the others are measured against
+    # The oracle is what the others are measured against.
+    if not isinstance(method, Selector) or method.name in {"dense", "oracle"}:
         return {}
     with torch.no_grad(), sparsify(loaded.model, method, diagnose=True) as sparse:
         loaded.model(**sample)

@@ -23,7 +23,7 @@ from sparseloom.experiments.bootstrap import (
 from sparseloom.experiments.compare import settings_of
 from sparseloom.integrations import sparsify
 from sparseloom.integrations.stats import left_of
-from sparseloom.methods import Dense, Method
+from sparseloom.methods import Dense, Method, Selector
 from sparseloom.models import LoadedModel
 from sparseloom.tasks import Task
 from sparseloom.training import load, save
@@ -99,7 +99,7 @@ def scored(
 
     Args:
         limit: items to score.
-        probe: items on which choices are compared with the exact ones (slow); 0 for none.
+        probe: items on which selected masks are compared with the exact ones (slow); 0 for none.
         autocast: run the model in bf16.
         console: where a progress bar is shown.
     """
@@ -121,7 +121,7 @@ def scored(
         )
         layers = sparse.stats()
     quality: dict[str, Any] = {}
-    if probe and not isinstance(method, Dense):
+    if probe and isinstance(method, Selector) and not isinstance(method, Dense):
         with torch.no_grad(), sparsify(loaded.model, method, diagnose=True) as sparse:
             for inputs in task.inputs(loaded, limit=probe):
                 loaded.model(**inputs)

@@ -161,7 +161,6 @@ class Runner:
             return json.loads(file.read_text(encoding="utf-8"))
         model, method = self._trained(contender, folder)
         task.length = contender.context or study.length
-        selects = "select" in method.capabilities
         try:
             entry = scored(
                 file,
@@ -169,7 +168,7 @@ class Runner:
                 LoadedModel(contender.name, model.eval(), None),
                 method,
                 limit=study.items,
-                probe=study.diagnosed if selects else 0,
+                probe=study.diagnosed,
                 console=Console(stderr=True),
             )
         finally:

@@ -23,8 +23,9 @@ def run_command(
 ) -> None:
     """Run `python -m sparseloom.experiments.NAME` and write its rows.
 
-    The results name the command with every setting that was not the default, so that they say how
-    they were made.  Bad input ends in one line and exit code 2, as with `sparseloom`.
+    The results name the command with every setting (and --results) that was not the default, so
+    that they say how they were made.  Bad input ends in one line and exit code 2, as with
+    `sparseloom`.
 
     Args:
         name: of the module, and of the file in `results/` and the folder in `out/`.
@@ -39,7 +40,8 @@ def run_command(
         "--out", type=Path, default=Path(f"out/{name}"), help="stages that are kept"
     )
     parser.add_argument("--data", type=Path, default=None, help="default: $SPARSELOOM_DATA")
-    parser.add_argument("--results", type=Path, default=Path(f"results/{name}.json"))
+    stored = Path(f"results/{name}.json")
+    parser.add_argument("--results", type=Path, default=stored, help="default: %(default)s")
     for field in dataclasses.fields(defaults):
         value = getattr(defaults, field.name)
         shown = f"default: {value}".replace("%", "%%")
@@ -51,6 +53,8 @@ def run_command(
         for key, value in given.items()
         if value != getattr(defaults, key)
     ]
+    if results != stored:
+        changed.append(f" --results {shlex.quote(str(results))}")
     try:
         rows = run(dataclasses.replace(defaults, **given), out, data)
         write_results(results, rows, command=parser.prog + "".join(changed))

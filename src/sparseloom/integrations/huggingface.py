@@ -36,7 +36,7 @@ from sparseloom.integrations.stats import LayerStats
 from sparseloom.kernels.decode import BACKENDS as DECODE_BACKENDS
 from sparseloom.kernels.ops import BACKENDS
 from sparseloom.methods import SpAtten
-from sparseloom.methods.base import Method, Pruner, Survivors
+from sparseloom.methods.base import Method, Pruner, Selector, Survivors
 from sparseloom.methods.generation import Generating
 
 if TYPE_CHECKING:
@@ -87,13 +87,15 @@ def sparsify(
             in every call in which anything is left out (`Selector.worthwhile`), whatever it
             costs: what quality is measured with, because it does not depend on the machine.
         observer: called after every attention call.
-        diagnose: also measure each choice against the exact top-k of the same size (slow).
+        diagnose: also measure each mask that the method selects against the exact top-k of the
+            same size (slow).
 
     Returns:
         A context manager; `stats()` and `reset()` also work after the block.
 
     Raises:
         TypeError: not a Hugging Face model, or not a method.
+        ValueError: `diagnose` with a method that selects no masks.
         NotImplementedError: the model or the method is of an unsupported kind.  Inside the block:
             static or quantised caches, soft-capped scores, attention sinks, position biases,
             windows of the model itself, attention outputs; nothing of it is ever ignored.
@@ -104,7 +106,12 @@ def sparsify(
         raise unknown_name("backend", backend, names)
     if when not in WHEN:
         raise unknown_name("when", when, WHEN)
-    session = Session(_one_method(method), backend, observer, diagnose, when)
+    one = _one_method(method)
+    if diagnose and not isinstance(one, Selector):
+        raise ValueError(
+            f"diagnose=True measures the masks that a method selects, and {one.name!r} selects none"
+        )
+    session = Session(one, backend, observer, diagnose, when)
     return Sparsified(model, session)
 
 
