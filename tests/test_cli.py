@@ -424,6 +424,7 @@ def test_adapt_saves_a_model_that_compare_takes(run: Run, model: Path) -> None:
         "--method", "dynamic:sparsity=0.5,projection=0.5,minimum_keys=4", "--limit", 1,
     )  # fmt: skip
     assert code == 0, err
+    assert not Path("adapted-checkpoints").exists()  # nothing is left to go on with
     code, out, err = run(
         "compare", "--model", "adapted", "--limit", 1, "--json",
         "--method", "dynamic:sparsity=0.7,projection=0.5,minimum_keys=4",

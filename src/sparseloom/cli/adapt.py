@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -102,6 +103,8 @@ def adapt(
 ) -> None:
     """Fine-tune model and predictor; a run that was stopped continues from its checkpoints.
 
+    They lie in OUT-checkpoints until the run is finished.
+
     A method that is calibrated (elsa) reads its thresholds off training text instead.  For static
     masks the warm-up steps are dense ones of the model, with the entropy terms; regions are chosen
     after them, and the joint steps run with the mask.
@@ -146,6 +149,7 @@ def adapt(
     ):
         steps += calibration_steps
     batches = scorer.batches(loaded, steps=steps, batch_size=batch_size, context=length, seed=seed)
+    checkpoints = out.with_name(f"{out.name}-checkpoints")
     adapted: Method
     if isinstance(chosen, Calibrated):
         adapted = calibrate(loaded.model, chosen, batches)
@@ -165,11 +169,12 @@ def adapt(
             lr=lr,
             predictor_lr=predictor_lr,
             seed=seed,
-            out=out.with_name(f"{out.name}-checkpoints"),
+            out=checkpoints,
         )
     save(loaded.model, adapted, out, overwrite=overwrite)
     if loaded.tokenizer is not None:
         loaded.tokenizer.save_pretrained(out)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     rows = _scored(scorer, loaded, adapted, limit, model, seed) if limit else []
     columns: list[Column] = [
         ("method", value("method")),
