@@ -21,14 +21,15 @@ from sparseloom.experiments.spatten_quality import (
     Recipe,
     Study,
     contenders,
+    curve_table,
     run_study,
-    tables,
+    table,
 )
 from sparseloom.methods import SpAtten
 from sparseloom.results import read_results
 
 ROOT = Path(__file__).parents[2]
-STORED = ROOT / "results/spatten_quality.json"
+STORED, CURVES = (ROOT / f"results/spatten_{name}.json" for name in ("quality", "curves"))
 
 
 def test_contenders_are_scored_before_and_after_fine_tuning() -> None:
@@ -87,21 +88,31 @@ def test_a_small_study(words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert by["dense"]["steps"] == 2
     monkeypatch.setattr(spatten_quality, "finetune", None)  # everything is there already
     assert run_study(study, tmp_path / "out", data) == rows
-    lines = tables(rows)
-    assert any(line.startswith("| sts-b | dense | 100%") for line in lines)
-    assert any(line.startswith("| heads 60% | 100% |") for line in lines)
+    assert any(line.startswith("| sts-b | dense | 100%") for line in table(rows))
+    assert [line.split(" | ")[0] for line in curve_table(rows)[2:]] == [
+        "| tokens 50%",
+        "| heads 60%",
+    ]
 
 
-def stored() -> list[dict[str, Any]]:
-    if not STORED.exists():
-        pytest.skip("results/spatten_quality.json: the study has not been run")
-    return [row.model_dump() for row in read_results(STORED).rows]
+def stored(file: Path = STORED) -> list[dict[str, Any]]:
+    return [row.model_dump() for row in read_results(file).rows]
 
 
 def test_the_tables_are_in_the_docs() -> None:
     text = (ROOT / "docs/methods.md").read_text("utf-8")
-    for line in tables(stored()):
-        assert line in text
+    assert "\n".join(table(stored())) in text
+    assert "\n".join(curve_table(stored(CURVES))) in text
+
+
+def test_what_holds_of_the_curves() -> None:
+    """Every point was fine-tuned, which helps where much is pruned."""
+    by = {row["contender"]: row for row in stored(CURVES)}
+    for label in (*(f"tokens {x:.0%}" for x in spatten_quality.TOKENS),
+                  *(f"heads {x:.0%}" for x in spatten_quality.HEADS)):  # fmt: skip
+        assert by[label]["fine_tuned"]
+        assert by[label]["steps"] == by["dense"]["steps"]
+        assert not by[label + UNTUNED]["fine_tuned"]
 
 
 def test_what_holds_of_the_study() -> None:
@@ -127,7 +138,7 @@ def test_what_holds_of_the_study() -> None:
 def test_what_longer_fine_tuning_gains() -> None:
     """It helps, and a point is still not reached: both stand in the docs."""
     file = ROOT / "results/spatten_pairs.json"
-    longer = {row["contender"]: row for row in (r.model_dump() for r in read_results(file).rows)}
+    longer = {row["contender"]: row for row in stored(file)}
     shorter = {row["contender"]: row for row in stored() if row["task"] == "sts-b-pairs"}
     average, adaptive = (longer[x] for x in (spatten_quality.AVERAGE, spatten_quality.ADAPTIVE))
     assert average["steps"] == 3 * shorter[spatten_quality.AVERAGE]["steps"]

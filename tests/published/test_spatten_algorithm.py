@@ -75,6 +75,18 @@ QUOTED: dict[str, tuple[str, ...]] = {
         "stories260K, tokens 50%, newest 32: perplexity, change in %",
         "stories260K, tokens as in the trace, newest 32: perplexity, change in %",
         "stories260K, heads 90 %: perplexity, change in %",
+        "minilm, sts-b, tokens 80%: points over dense",
+        "minilm, sts-b, tokens 65%: points over dense",
+        "minilm, sts-b, tokens 50%: points over dense",
+        "minilm, sts-b, tokens 80%, not fine-tuned: points over dense",
+        "minilm, sts-b, heads 90%: points over dense",
+        "minilm, sts-b, heads 80%: points over dense",
+        "minilm, sts-b, heads 65%: points over dense",
+        "minilm, sts-b, heads 50%: points over dense",
+        "minilm, sts-b, heads 50%, not fine-tuned: points over dense",
+        "minilm, sts-b-pairs, tokens 65%, heads 90%: points over dense",
+        "minilm, sst-2, tokens 65%, heads 90%: points over dense",
+        "minilm, cola, tokens 65%, heads 90%: points over dense",
     ),
 }
 
@@ -189,6 +201,8 @@ def test_pruned_encoders_stand_beside_the_figure() -> None:
     assert made[1]["published"] == f"beyond the figure at {1 / 0.4:.1f}×"
     assert max(HEADS) < 2.5
     assert "95 % interval -5.00 to -2.00" in made[0]["note"]
+    first = quality("tokens 25%", "tokens", 0.03, tokens_alive=0.25, heads_alive=1.0)
+    assert [row["ours"] for row in fig21([first, {**first, "loss": 0.01}])] == [-1.0]
 
 
 def test_a_study_that_is_missing_is_named() -> None:

@@ -318,8 +318,8 @@ def _fresh(source: str | Path, task: Task, seed: int) -> LoadedModel:
     return loaded
 
 
-def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The lines of two Markdown tables: the contenders of every task, and STS-B's curves.
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The lines of a Markdown table: the contenders of every task but for the curves.
 
     Losses are in points (hundredths of the metric), with the one-sided 95 % bound.
     """
@@ -327,7 +327,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "| task | contender | tokens | heads | MACs | fine-tuned | points lost | not fine-tuned |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    by = {(row["task"], row["contender"]): row for row in rows}
+    by = _by_name(rows)
     for (task, label), row in by.items():
         if row["kind"] == "control":
             value = f"{100 * row['value']:.1f}"
@@ -335,16 +335,25 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         elif row["kind"] not in CURVES and not row["fine_tuned"]:
             whole = label.removesuffix(UNTUNED)
             lines.append(f"| {task} | {whole} | {_cells(by.get((task, whole)), row)} |")
-    lines += [
-        "",
+    return lines
+
+
+def curve_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The same of STS-B's curves."""
+    lines = [
         "| kept on STS-B | tokens | heads | MACs | fine-tuned | points lost | not fine-tuned |",
         "|---|---|---|---|---|---|---|",
     ]
+    by = _by_name(rows)
     for (task, label), row in by.items():
         if row["kind"] in CURVES and not row["fine_tuned"]:
             whole = label.removesuffix(UNTUNED)
             lines.append(f"| {whole} | {_cells(by.get((task, whole)), row)} |")
     return lines
+
+
+def _by_name(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    return {(row["task"], row["contender"]): row for row in rows}
 
 
 def _cells(tuned_row: Mapping[str, Any] | None, row: Mapping[str, Any]) -> str:

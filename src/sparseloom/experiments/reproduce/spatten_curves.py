@@ -19,7 +19,11 @@ PAPER = "spatten_hpca_2021"
 QUALITY = Study(
     "spatten_quality.json", None, "python -m sparseloom.experiments.spatten_quality --data DATA"
 )
-STUDIES = (QUALITY, GENERATION)
+CURVES = Study(
+    "spatten_curves.json", None,
+    f"{QUALITY.command} --tasks sts-b --results results/spatten_curves.json", optional=True,
+)  # fmt: skip
+STUDIES = (QUALITY, CURVES, GENERATION)
 
 KINDS = ("average", "rising", "adaptive", "searched", "tokens", "heads")
 # Reduction of tokens (GPT-2-Small on PTB), of heads (BERT-Base on CoLA) → change of accuracy in %.
@@ -38,7 +42,7 @@ _READ_OFF = "the published curve is read off the figure, and straight between it
 def fig21(study: Sequence[Row]) -> list[Row]:
     """Figure 21: quality against tokens and heads pruned, one without the other."""
     rows = [made for one in study if generated_with_spatten(one) for made in _generated(one)]
-    tuned = [one for one in study if one.get("kind") in KINDS]
+    tuned = [one for one in _latest(study) if one.get("kind") in KINDS]
     rows += [made for one in tuned for made in _encoder(one)]
     if not tuned:
         rows.append(
@@ -62,7 +66,7 @@ def fig21_picture(study: list[Row]) -> list[Section]:
         ("heads", HEADS, "published, BERT-Base on CoLA"),
     ):
         curves: dict[str, list[tuple[float, float]]] = {label: list(published.items())}
-        for one in study:
+        for one in _latest(study):
             found = _point(one, what)
             if found is not None:
                 curves.setdefault(found[0], []).append(found[1:])
@@ -82,6 +86,15 @@ def fig21_picture(study: list[Row]) -> list[Section]:
 def perplexity_change(one: Mapping[str, Any]) -> float:
     """Of a language model, in %: bits over dense as a factor."""
     return 100 * (2 ** one["difference"] - 1)
+
+
+def _latest(study: Sequence[Row]) -> list[Row]:
+    """All rows, but of encoders' contenders that two studies hold only those of the second."""
+    named = {
+        (one["task"], one["contender"]) if "kind" in one else number: one
+        for number, one in enumerate(study)
+    }
+    return [*named.values()]
 
 
 def _generated(one: Row) -> list[Row]:
