@@ -161,6 +161,11 @@ def test_learned_masks_on_the_machine() -> None:
     ]
     assert sum(": speed-up (" in quantity for quantity in headline) == 1
     assert sum(": change of latency (" in quantity for quantity in headline) == 1
+    # Each task's longest inputs stand in the headline.
+    other = [{**row, "task_name": "other", "length": 64} for row in rows]
+    quantities = [row["quantity"] for row in learned.headline_rows([*rows, *other])]
+    for where in ("made up, learned masks, 128 tokens", "other, learned masks, 64 tokens"):
+        assert any(quantity.startswith(where) for quantity in quantities)
     for row in rows:
         # At 64 % of the array so few tokens gain no time.
         assert (row["cycles"] < row["dense_cycles"]) == (row["reading"] == "latency")
@@ -202,6 +207,12 @@ def test_three_systems_side_by_side() -> None:
         0.0375
     )
     assert len(near) == 9
+    # Every task has its own nearest one.
+    bytewise = {**dynamic, "task": "stdlib", "loss": 0.004}
+    near = by_quantity([*systems._equal_density_loss([*STUDY, dynamic, bytewise])])
+    for task, loss in (("imdb-sentiment", 0.0025), ("stdlib", 0.005)):
+        quantity = f"nearest to density 0.4, dynamic ({task}, 0.1): relative loss"
+        assert near[quantity] == pytest.approx(loss)
     times = [
         {"op": "attention", "method": "static:density=0.4", "contender": "static 0.4",
          "q_len": 512, "dtype": "bfloat16", "speedup": 2.0},

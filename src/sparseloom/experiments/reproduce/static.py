@@ -20,9 +20,9 @@ TABLES: dict[str, Callable[..., list[Row]]] = {
     "systems": static_systems.systems,
 }
 STUDIES: dict[str, tuple[Study, ...]] = {
-    "headline": (*static_learned.QUALITY, static_learned.COST),
+    "headline": (*static_learned.QUALITY, *static_learned.COST),
     "accuracy": static_learned.QUALITY,
     "ablations": static_learned.QUALITY,
-    "learned": (static_learned.COST,),
-    "systems": (*static_learned.QUALITY, static_learned.COST, *static_systems.OTHERS),
+    "learned": static_learned.COST,
+    "systems": (*static_learned.QUALITY, *static_learned.COST, *static_systems.OTHERS),
 }

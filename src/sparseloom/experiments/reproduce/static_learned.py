@@ -19,10 +19,12 @@ QUALITY = tuple(
     )
 )
 """Learned masks and fixed patterns, fine-tuned alike, against a dense control."""
-COST = Study(
-    "static_cost.json", None, "python -m sparseloom.experiments.static_cost", optional=True
+_COST = "python -m sparseloom.experiments.static_cost --results results/{}"
+COST = tuple(
+    Study(file, None, _COST.format(file), optional=True)
+    for file in ("static_cost.json", "static_cost_bytes.json")
 )
-"""Learned masks on the machine."""
+"""Learned masks on the machine: of reviews, and of the language model."""
 MOST_LOSS = 0.01  # relative to the dense control: "< 1 % accuracy loss"
 PATTERNS = "aligned"
 """`method` of fixed patterns on the grid of the regions, in stored rows."""
@@ -72,13 +74,15 @@ def headline_rows(study: Sequence[Row]) -> list[Row]:
         found.append(_row("headline", f"{task}: lowest density within 1 % of dense", _LOSS, ours))
     if not quality:
         found.append(_absent("headline", "accuracy loss", _LOSS, QUALITY[0]))
-    longest = max((run["length"] for run in cost), default=0)
+    longest: dict[str, int] = {}
     for run in cost:
-        if run["length"] == longest and run["fidelity"] == "cycle":
-            where = f"{run['task_name']}, learned masks, {longest} tokens"
+        longest[run["task_name"]] = max(run["length"], longest.get(run["task_name"], 0))
+    for run in cost:
+        if run["length"] == longest[run["task_name"]] and run["fidelity"] == "cycle":
+            where = f"{run['task_name']}, learned masks, {run['length']} tokens"
             found += _cost(run, "headline", where)
     if not cost:
-        found.append(_absent("headline", "cost of learned masks", "-58.9 % or 1.589×", COST))
+        found.append(_absent("headline", "cost of learned masks", "-58.9 % or 1.589×", COST[0]))
     return found
 
 
@@ -122,7 +126,7 @@ def learned(study: Sequence[Row]) -> list[Row]:
     found: list[Row] = []
     for run in cost_rows(study):
         found += _cost(run, "learned", f"{run['task_name']}, {run['length']} tokens")
-    return found or [_absent("learned", "cost of learned masks", "-58.9 % or 1.589×", COST)]
+    return found or [_absent("learned", "cost of learned masks", "-58.9 % or 1.589×", COST[0])]
 
 
 _LOSS = "< 1 % accuracy loss"

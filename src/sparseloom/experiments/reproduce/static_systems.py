@@ -24,6 +24,7 @@ from sparseloom.experiments.reproduce.static_learned import (
     quality_rows,
     relative_loss,
     sparsest,
+    tasks,
 )
 from sparseloom.hardware.report import Report
 from sparseloom.trace import (
@@ -45,7 +46,10 @@ MACHINES = {
 }
 DENSITIES = (0.4, 0.25, 0.1)
 LENGTH, LAYERS, HEADS, HEAD_DIM = 512, 6, 12, 32  # MiniLM on whole reviews
-DYNAMIC = Study("sentiment.json", None, "python -m sparseloom.experiments.sentiment", optional=True)
+DYNAMIC = tuple(
+    Study(f"{name}.json", None, f"python -m sparseloom.experiments.{name}", optional=True)
+    for name in ("sentiment", "adaptation")
+)
 CASCADE = Study(
     "spatten_quality.json", None, "python -m sparseloom.experiments.spatten_quality", optional=True
 )
@@ -61,7 +65,7 @@ TIMES = (
         optional=True,
     ),
 )
-OTHERS = (DYNAMIC, CASCADE, *TIMES)
+OTHERS = (*DYNAMIC, CASCADE, *TIMES)
 _BOTH = "no paper compares the three"
 _EACH = "each over its own machine's dense run"
 _TASKS = "tasks differ where a study has none in common: each row names its own"
@@ -145,7 +149,7 @@ def _learned_cost(study: Sequence[Row]) -> Iterator[Row]:
         ours = run["cycles"] / run["dense_cycles"]
         yield _row(f"{at}, static, learned: simulated cycles over dense ({about})", ours, _EACH)
     if not runs:
-        yield _absent("static, learned: simulated cycles over dense", COST)
+        yield _absent("static, learned: simulated cycles over dense", COST[0])
 
 
 # ----------------------------------------------------------------------------- accuracy
@@ -166,7 +170,7 @@ def _scored(study: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _equal_density_loss(study: Sequence[Row]) -> Iterator[Row]:
-    """The loss of what each system has nearest to every density that static masks were tried at."""
+    """The loss of what each system has, task by task, nearest to each density of static masks."""
     scored = _scored(study)
     wanted = sorted({round(_density(run), 2) for run in scored["static"]}) or list(DENSITIES[:2])
     for density in wanted:
@@ -175,15 +179,17 @@ def _equal_density_loss(study: Sequence[Row]) -> Iterator[Row]:
                 at = f"nearest to density {density:g}, {system}"
                 yield _absent(f"{at}: relative loss", _source(system))
                 continue
-            run = min(runs, key=lambda run: abs(_density(run) - density))
-            at = f"nearest to density {density:g}, {system} ({run['task']}, {_density(run):.3g})"
-            yield _row(f"{at}: relative loss", relative_loss(run), _TASKS)
+            for task in tasks(runs):
+                mine = [run for run in runs if run["task"] == task]
+                run = min(mine, key=lambda run: abs(_density(run) - density))
+                at = f"nearest to density {density:g}, {system} ({task}, {_density(run):.3g})"
+                yield _row(f"{at}: relative loss", relative_loss(run), _TASKS)
 
 
 def _equal_loss(study: Sequence[Row]) -> Iterator[Row]:
     for system, runs in _scored(study).items():
         bound = f"within {MOST_LOSS:.0%} of dense, {system}"
-        for task in dict.fromkeys(str(run["task"]) for run in runs):
+        for task in tasks(runs):
             best = sparsest([run for run in runs if run["task"] == task])
             ours = "none of those tried" if best is None else _density(best)
             yield _row(f"{bound} ({task}): lowest density", ours, _TASKS)
@@ -196,7 +202,7 @@ def _density(run: Row) -> float:
 
 
 def _source(system: str) -> Study:
-    return {"static": QUALITY[0], "dynamic": DYNAMIC, "cascade": CASCADE}[system]
+    return {"static": QUALITY[0], "dynamic": DYNAMIC[0], "cascade": CASCADE}[system]
 
 
 # --------------------------------------------------------------------------------- time
