@@ -39,7 +39,7 @@ def is_static(run: Row) -> bool:
 
 def relative_loss(run: Row) -> float:
     """Loss over the score of the dense control."""
-    return float(run["loss"]) / abs(float(run["dense_value"]))
+    return float(run["loss"]) / abs(float(run["dense_value"])) + 0.0  # no loss is 0, never -0
 
 
 def quality_rows(study: Sequence[Row]) -> list[Row]:
