@@ -94,8 +94,11 @@ def test_stored_static_masks_are_faster_than_dense_attention() -> None:
         (n, dtype) for n in (512, 2048) for dtype in ("float32", "bfloat16")
     }
     assert all(row["density"] <= DENSITY for row in static)
-    learned = [row for row in stored if row["contender"].startswith("learned")]
-    assert {row["dtype"] for row in learned} == {"float32", "bfloat16"}
+    more = [row.model_dump() for row in read_results(ROOT / "results/static_time_bytes.json").rows]
+    learned = [row for row in (*stored, *more) if row["contender"].startswith("learned")]
+    assert {(row["q_len"], row["dtype"]) for row in learned} >= {
+        (n, dtype) for n in (512, 2048) for dtype in ("float32", "bfloat16")
+    }
     means = [row for row in stored if row["contender"] == "static with means"]
     assert min(row["speedup"] for row in (*static, *learned, *means)) >= 1.8
     lines = (ROOT / "docs/static.md").read_text("utf-8").splitlines()
