@@ -106,13 +106,22 @@ def test_the_tables_are_in_the_docs() -> None:
 
 
 def test_what_holds_of_the_curves() -> None:
-    """Every point was fine-tuned, which helps where much is pruned."""
+    """Every point was fine-tuned, which helps; what heads cost then stands in the docs."""
     by = {row["contender"]: row for row in stored(CURVES)}
     for label in (*(f"tokens {x:.0%}" for x in spatten_quality.TOKENS),
                   *(f"heads {x:.0%}" for x in spatten_quality.HEADS)):  # fmt: skip
         assert by[label]["fine_tuned"]
         assert by[label]["steps"] == by["dense"]["steps"]
         assert not by[label + UNTUNED]["fine_tuned"]
+        assert by[label]["value"] > by[label + UNTUNED]["value"]
+    tenth, fifth, half, as_it_is = (
+        f"{100 * by[f'heads {label}']['loss']:.1f}"
+        for label in ("90%", "80%", "50%", f"50%{UNTUNED}")
+    )
+    said = f"a tenth costs {tenth} points, a fifth {fifth}, and half of them {half}, where the "
+    assert f"{said}model as it is loses {as_it_is}." in (ROOT / "docs/methods.md").read_text(
+        "utf-8"
+    )
 
 
 def test_what_holds_of_the_study() -> None:
