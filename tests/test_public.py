@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from importlib.resources import files
@@ -33,6 +34,15 @@ def test_every_public_name_exists_and_is_documented(name: str) -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = sparseloom.nothing
+
+
+def test_the_docs_use_public_names() -> None:
+    """Snippets of a page share one interpreter, where what another one imported is there, too."""
+    root = Path(__file__).parents[1]
+    pages = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    used = {name for page in pages for name in re.findall(r"\bsl\.(\w+)", page.read_text("utf-8"))}
+    assert used
+    assert used - {"__version__"} <= set(sparseloom.__all__)
 
 
 def test_dir_and_all_agree() -> None:

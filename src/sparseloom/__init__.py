@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sparseloom import hardware, kernels, methods, quantize, tasks, trace
+    from sparseloom import hardware, kernels, methods, models, quantize, tasks, trace
     from sparseloom.errors import SparseloomError
     from sparseloom.integrations.huggingface import Sparsified, sparsify
     from sparseloom.integrations.record import record
@@ -93,6 +93,7 @@ __all__ = [
     "kernels",
     "load",
     "methods",
+    "models",
     "parse_method",
     "quantize",
     "record",
@@ -143,7 +144,7 @@ _HOMES = {
     "sparseloom.training": ("adapt", "calibrate", "load", "save"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-_MODULES = frozenset({"hardware", "kernels", "methods", "quantize", "tasks", "trace"})
+_MODULES = frozenset({"hardware", "kernels", "methods", "models", "quantize", "tasks", "trace"})
 
 
 def __getattr__(name: str) -> object:
