@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,19 @@ def test_results_name_the_settings_that_were_changed(tmp_path: Path) -> None:
     command = json.loads((tmp_path / "r.json").read_text())["command"]
     plain = "python -m sparseloom.experiments.adaptation --joint-steps 7"
     assert command == f"{plain} --results {shlex.quote(words[3])}"
+
+
+@dataclass(frozen=True)
+class MachineSettings:
+    precision: str = field(default_factory=lambda: "no")
+
+
+def test_results_name_what_the_machine_decided(tmp_path: Path) -> None:
+    rows = [{"record": "table", "name": "a", "title": "b"}]
+    words = ["--results", str(tmp_path / "r.json")]
+    run_command("adaptation", None, MachineSettings(), lambda *_: rows, arguments=words)
+    command = json.loads((tmp_path / "r.json").read_text())["command"]
+    assert command.startswith("python -m sparseloom.experiments.adaptation --precision no --res")
 
 
 def test_results_in_their_usual_place_need_no_name(

@@ -85,7 +85,7 @@ def test_stored_rows_are_those_of_today() -> None:
 
 
 def test_what_is_not_stored_is_named(tmp_path: Path) -> None:
-    for name in ("accuracy", "ablations", "learned"):
+    for name in ("accuracy", "seeds", "ablations", "learned"):
         (table,) = find_tables("static", name)
         assert is_stored(table, tmp_path)
         assert stored_rows(table, tmp_path) == []
@@ -104,8 +104,9 @@ def test_a_table_without_optional_studies_still_needs_one(tmp_path: Path) -> Non
 # -------------------------------------------------------------------- on made-up studies
 
 
-def scored(label: str, method: str, density: float, loss: float) -> dict[str, Any]:
+def scored(label: str, method: str, density: float, loss: float, seed: int = 11) -> dict[str, Any]:
     return {
+        "seed": seed,
         "task": "imdb-sentiment",
         "contender": label,
         "method": method,
@@ -144,6 +145,28 @@ def test_accuracy_and_ablations() -> None:
     assert ablations == {"imdb-sentiment: static 0.4, by mass: relative loss": pytest.approx(0.03)}
     (first, *_) = learned.headline_rows(STUDY)
     assert first["ours"] == 0.25
+
+
+def test_other_seeds_have_a_table_of_their_own() -> None:
+    others = [
+        scored("dense", "dense", 1, 0, seed=12),
+        scored("static 0.4", "static", 0.4, 0.003, seed=12),
+        scored("window 0.4", "aligned", 0.4, 0.004, seed=12),
+    ]
+    assert learned.accuracy([*STUDY, *others]) == learned.accuracy(STUDY)
+    rows = {row["quantity"]: row for row in learned.seeds([*STUDY, *others])}
+    of = "imdb-sentiment, {}: relative loss, {} of seeds 11, 12"
+    assert {quantity: row["ours"] for quantity, row in rows.items()} == pytest.approx(
+        {
+            of.format("static 0.4", "mean"): 0.002 / 0.8,
+            of.format("static 0.4", "largest"): 0.003 / 0.8,
+            of.format("window 0.4", "mean"): 0.008 / 0.8,
+            of.format("window 0.4", "largest"): 0.012 / 0.8,
+        }
+    )
+    assert "12: 0.00375" in rows[of.format("static 0.4", "mean")]["note"]
+    # Without a second seed the table names the commands that would fill it.
+    assert all("--seed 1" in row["ours"] for row in learned.seeds(STUDY))
 
 
 def test_learned_masks_on_the_machine() -> None:

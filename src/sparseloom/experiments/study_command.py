@@ -23,9 +23,9 @@ def run_command(
 ) -> None:
     """Run `python -m sparseloom.experiments.NAME` and write its rows.
 
-    The results name the command with every setting (and --results) that was not the default, so
-    that they say how they were made.  Bad input ends in one line and exit code 2, as with
-    `sparseloom`.
+    The results name the command with every setting (and --results) that was not the default, or
+    whose default the machine decides, so that they say how they were made.  Bad input ends in one
+    line and exit code 2, as with `sparseloom`.
 
     Args:
         name: of the module, and of the file in `results/` and the folder in `out/`.
@@ -42,16 +42,20 @@ def run_command(
     parser.add_argument("--data", type=Path, default=None, help="default: $SPARSELOOM_DATA")
     stored = Path(f"results/{name}.json")
     parser.add_argument("--results", type=Path, default=stored, help="default: %(default)s")
-    for field in dataclasses.fields(defaults):
+    fields = dataclasses.fields(defaults)
+    for field in fields:
         value = getattr(defaults, field.name)
         shown = f"default: {value}".replace("%", "%%")
         parser.add_argument(_flag(field.name), type=type(value), default=value, help=shown)
     given = vars(parser.parse_args(arguments))
     out, data, results = (given.pop(word) for word in ("out", "data", "results"))
+    of_machine = {
+        field.name for field in fields if field.default_factory is not dataclasses.MISSING
+    }
     changed = [
         f" {_flag(key)} {shlex.quote(str(value))}"
         for key, value in given.items()
-        if value != getattr(defaults, key)
+        if value != getattr(defaults, key) or key in of_machine
     ]
     if results != stored:
         changed.append(f" --results {shlex.quote(str(results))}")

@@ -15,6 +15,7 @@ TABLES: dict[str, Callable[..., list[Row]]] = {
     "length": static_machine.length,
     "scope": static_machine.scope,
     "accuracy": static_learned.accuracy,
+    "seeds": static_learned.seeds,
     "ablations": static_learned.ablations,
     "learned": static_learned.learned,
     "systems": static_systems.systems,
@@ -22,6 +23,7 @@ TABLES: dict[str, Callable[..., list[Row]]] = {
 STUDIES: dict[str, tuple[Study, ...]] = {
     "headline": (*static_learned.QUALITY, *static_learned.COST),
     "accuracy": static_learned.QUALITY,
+    "seeds": static_learned.QUALITY,
     "ablations": static_learned.QUALITY,
     "learned": static_learned.COST,
     "systems": (*static_learned.QUALITY, *static_learned.COST, *static_systems.OTHERS),

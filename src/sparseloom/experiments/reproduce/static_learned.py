@@ -16,6 +16,9 @@ QUALITY = tuple(
         ("imdb", "static_imdb.json"),
         ("lra-image", "static_lra_image.json"),
         ("bytes", "static_bytes.json"),
+        ("bytes --densities 0.15,0.1", "static_bytes_low.json"),
+        ("bytes --seed 12", "static_bytes_seed12.json"),
+        ("bytes --seed 13", "static_bytes_seed13.json"),
     )
 )
 """Learned masks and fixed patterns, fine-tuned alike, against a dense control."""
@@ -43,7 +46,14 @@ def relative_loss(run: Row) -> float:
 
 
 def quality_rows(study: Sequence[Row]) -> list[Row]:
-    """Rows of the quality study among those of all studies."""
+    """Rows of the quality study among those of all studies, of the first seed of each task."""
+    runs, first = _all_seeds(study), dict[str, Any]()
+    for run in runs:
+        first.setdefault(run["task"], run.get("seed"))
+    return [run for run in runs if run.get("seed") == first[run["task"]]]
+
+
+def _all_seeds(study: Sequence[Row]) -> list[Row]:
     return [run for run in study if "contender" in run and "phase" in run]
 
 
@@ -108,6 +118,26 @@ def accuracy(study: Sequence[Row]) -> list[Row]:
                 quantity = f"{task}, density {at:g}: best pattern's loss less the learned mask's"
                 found.append(_row("accuracy", quantity, _UNKNOWN, gap))
     return found or [_absent("accuracy", "loss of learned masks", _LOSS, s) for s in QUALITY]
+
+
+def seeds(study: Sequence[Row]) -> list[Row]:
+    """Mean and largest loss of what ran with several seeds, each against its own dense control."""
+    found: list[Row] = []
+    runs = _all_seeds(study)
+    for task, label in dict.fromkeys((str(run["task"]), str(run["contender"])) for run in runs):
+        mine = [run for run in runs if (run["task"], run["contender"]) == (task, label)]
+        if len(mine) < 2 or not (is_static(mine[0]) or mine[0].get("method") == PATTERNS):
+            continue
+        losses = [relative_loss(run) for run in mine]
+        names = ", ".join(str(run["seed"]) for run in mine)
+        note = "; ".join(
+            f"{run['seed']}: {loss:.4g}" for run, loss in zip(mine, losses, strict=True)
+        )
+        for what, value in (("mean", sum(losses) / len(losses)), ("largest", max(losses))):
+            quantity = f"{task}, {label}: relative loss, {what} of seeds {names}"
+            published = _LOSS if is_static(mine[0]) else _UNKNOWN
+            found.append(_row("seeds", quantity, published, value, note=note))
+    return found or [_absent("seeds", "loss with other seeds", _LOSS, s) for s in QUALITY[-2:]]
 
 
 def ablations(study: Sequence[Row]) -> list[Row]:
