@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from sparseloom.experiments import lra_baselines
 from sparseloom.experiments.reproduce import Request, Study, Table, find_tables, is_stored
 from sparseloom.experiments.reproduce import dynamic_kernels as kernels
 from sparseloom.experiments.reproduce import dynamic_lra as lra
 from sparseloom.experiments.reproduce import dynamic_quality as quality
 from sparseloom.experiments.reproduce import reproduce as make
+from sparseloom.methods import ARENA, parse_method
 from sparseloom.results import read_results
 
 ROOT = Path(__file__).parents[2]
@@ -179,8 +181,16 @@ def test_published_table_of_long_range_arena() -> None:
     assert means["reformer"] == pytest.approx(49.19, abs=0.01)
 
 
+def test_every_baseline_has_its_published_row() -> None:
+    for text in (*ARENA.values(), *lra_baselines.SMALL.values()):
+        tag = parse_method(text).name
+        rows = lra.lra([contender("any", tag, start="scratch")])
+        assert isinstance(rows[0]["published"], float), tag
+
+
 def test_cost_of_fine_tuning() -> None:
-    rows = by_quantity(lra.finetuning(STUDY))
+    from_scratch = contender("dynamic 90 %", "dynamic", start="scratch")
+    rows = by_quantity(lra.finetuning([from_scratch | {"study": {}}, *STUDY]))
     share = "steps of the predictor and of joint training over steps from scratch"
     assert rows[f"lra-text: {share}"]["ours"] == pytest.approx(0.1)
     assert rows["lra-text: tokens of adaptation, millions"]["ours"] == pytest.approx(0.8192)

@@ -24,7 +24,13 @@ PUBLISHED = {
     "linear-transformer": (65.90, 53.09, 42.34),
     "performer": (65.40, 53.82, 42.77),
 }
-OTHER_NAMES = {"window": "local", "strided": "sparse-transformer", "linear": "linear-transformer"}
+OTHER_NAMES = {
+    "window": "local",
+    "blocklocal": "local",
+    "strided": "sparse-transformer",
+    "fixed": "sparse-transformer",
+    "linear": "linear-transformer",
+}
 """Method's tag → its name in the published table, where they differ."""
 _TABLE = "published by Tay et al. (2020) for models trained with their recipe and length"
 
@@ -58,7 +64,8 @@ def finetuning(study: Sequence[Row]) -> list[Row]:
     rows: list[Row] = []
     for task in TASKS:
         mine = [one for one in study if one.get("task") == task and one.get("study")]
-        dynamic = next((one for one in mine if one["method"] == "dynamic"), None)
+        adapted = [one for one in mine if one["method"] == "dynamic" and one["start"] != "scratch"]
+        dynamic = next(iter(adapted), None)
         if dynamic is None:
             continue
         settings = dynamic["study"]
