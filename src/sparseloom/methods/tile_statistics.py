@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,6 +19,7 @@ SEGMENTS = (2, 4, 8)
 """Keys per segment that coarse regions may have."""
 
 _AT_ONCE = 1 << 24  # probabilities held at a time
+_AT_ONCE_CPU = 1 << 20  # they stay in cache
 
 
 @dataclass
@@ -82,43 +83,54 @@ class TileStatistics:
         key, value = grouped_key(call).float(), grouped_value(call).float()
         query, gradient = call.query.float(), gradient.float()
         bq = self.tile[0]
-        step = max(bq, _AT_ONCE // (heads * kv_len) // bq * bq)
+        at_once = _AT_ONCE_CPU if query.device.type == "cpu" else _AT_ONCE
+        step = max(bq, at_once // (heads * kv_len) // bq * bq)
         for b in range(len(query)):
             one = _entry(call, b)
-            real = one.query_padding
             for first in range(0, q_len, step):
-                rows = torch.arange(first, min(first + step, q_len), device=query.device)
-                allowed = allowed_rows(one, rows)[0]  # (1, R, K)
-                if real is not None:
-                    allowed = allowed & real[0, rows, None]
-                scores = query[b][:, rows] @ key[b].transpose(-1, -2) * call.scale
-                scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-                p = torch.softmax(scores, -1).masked_fill(~allowed, 0.0)  # (H, R, K)
-                g = gradient[b][:, rows] @ value[b].transpose(-1, -2)
-                slope = (p * (g - (p * g).sum(-1, keepdim=True))).abs()
-                place = np.s_[call.layer, :, first // bq : -(-int(rows[-1] + 1) // bq)]
-                self._sum(self.mass, place, p)
-                self._sum(self.saliency, place, slope)
+                last = min(first + step, q_len)
+                seen = last if call.is_causal else kv_len
+                allowed = allowed_rows(one, torch.arange(first, last, device=query.device))[0]
+                if one.query_padding is not None:
+                    allowed = allowed & one.query_padding[0, first:last, None]
+                allowed = allowed[..., :seen]
+                hidden, rows = ~allowed, np.s_[:, first:last]
+                scores = (query[b][rows] @ key[b][:, :seen].mT).mul_(call.scale)
+                scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
+                p = torch.softmax(scores, -1).masked_fill_(hidden, 0.0)  # (H, R, K)
+                slope = gradient[b][rows] @ value[b][:, :seen].mT
+                slope.sub_((p * slope).sum(-1, keepdim=True)).mul_(p).abs_()
+                place = np.s_[
+                    call.layer, :, first // bq : -(-last // bq), : -(-seen // self.tile[1])
+                ]
+                mass = self._sums(p)
+                self.mass[place] += mass
+                self.saliency[place] += self._sums(slope)
                 for i, size in enumerate(SEGMENTS):
-                    self._sum(self.even[i], place, _even(p, allowed, size))
+                    self.even[i][place] += mass - 0.5 * self._sums(_apart(p, allowed, size))
 
-    def _sum(self, into: np.ndarray, place: tuple[int, slice, slice], x: Tensor) -> None:
-        """Add the tile sums of (heads, rows, keys); `place` is the layer and its query tiles."""
+    def _sums(
+        self, x: Float[Tensor, "heads rows keys"]
+    ) -> Float[np.ndarray, "heads q_tiles k_tiles"]:
+        """Sums of tiles."""
         bq, bk = self.tile
-        rows, keys = -x.shape[1] % bq, -x.shape[2] % bk
-        tiles = functional.pad(x, (0, keys, 0, rows)).unflatten(2, (-1, bk)).unflatten(1, (-1, bq))
-        sums = tiles.sum((2, 4)).cpu().numpy()
-        into[place][:, :, : sums.shape[2]] += sums
+        by_key = _split(x, bk).sum(-1)
+        return _split(by_key.mT, bq).sum(-1).mT.cpu().numpy()
 
 
-def _even(p: Tensor, allowed: Tensor, size: int) -> Tensor:
-    """P_J - ½ Σ |p - P_J/|J||, spread over the keys of each segment J of `size`."""
-    short = -p.shape[-1] % size
-    segments = functional.pad(p, (0, short)).unflatten(-1, (-1, size))
-    there = functional.pad(allowed, (0, short)).unflatten(-1, (-1, size))
+def _split(x: Tensor, size: int) -> Tensor:
+    """(…, n) to (…, parts, size), the last part filled up with zeros."""
+    short = -x.shape[-1] % size
+    return (functional.pad(x, (0, short)) if short else x).unflatten(-1, (-1, size))
+
+
+def _apart(
+    p: Float[Tensor, "heads rows keys"], allowed: Bool[Tensor, "1 rows keys"], size: int
+) -> Float[Tensor, "heads rows keys"]:
+    """|p - P_J/|J|| of each allowed key, J its segment of `size`, and P_J the mass of that."""
+    segments, there = _split(p, size), _split(allowed, size)
     mean = segments.sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp(min=1)
-    apart = (segments - mean).abs() * there
-    return (segments - 0.5 * apart).flatten(-2)[..., : p.shape[-1]]
+    return (segments - mean).abs_().mul_(there).flatten(-2)[..., : p.shape[-1]]
 
 
 def _entry(call: AttentionInputs, b: int) -> AttentionInputs:
