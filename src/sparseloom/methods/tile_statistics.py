@@ -13,13 +13,11 @@ from torch.nn import functional
 from sparseloom.methods.attender import grouped_key, grouped_value
 from sparseloom.methods.base import AttentionInputs
 from sparseloom.methods.learned import allowed_rows
+from sparseloom.methods.scores import row_chunks
 from sparseloom.regions import TILE_KEYS, TILE_QUERIES
 
 SEGMENTS = (2, 4, 8)
 """Keys per segment that coarse regions may have."""
-
-_AT_ONCE = 1 << 24  # probabilities held at a time
-_AT_ONCE_CPU = 1 << 20  # they stay in cache
 
 
 @dataclass
@@ -83,12 +81,9 @@ class TileStatistics:
         key, value = grouped_key(call).float(), grouped_value(call).float()
         query, gradient = call.query.float(), gradient.float()
         bq = self.tile[0]
-        at_once = _AT_ONCE_CPU if query.device.type == "cpu" else _AT_ONCE
-        step = max(bq, at_once // (heads * kv_len) // bq * bq)
         for b in range(len(query)):
             one = _entry(call, b)
-            for first in range(0, q_len, step):
-                last = min(first + step, q_len)
+            for first, last in row_chunks(q_len, heads * kv_len, bq, query.device):
                 seen = last if call.is_causal else kv_len
                 allowed = allowed_rows(one, torch.arange(first, last, device=query.device))[0]
                 if one.query_padding is not None:
