@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sparseloom import experiments
+from sparseloom.experiments.contenders import study_folder
 from sparseloom.experiments.study_command import run_command
 
 
@@ -113,3 +116,40 @@ def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run_command("x", "A study of 90 %.", Settings(), lambda *_: [], arguments=["--help"])
     assert "default: 60" in capsys.readouterr().out
+
+
+COMMANDS = sorted(
+    file.stem
+    for file in Path(experiments.__path__[0]).glob("*.py")
+    if "\ndef main(" in file.read_text("utf-8")
+)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_study_has_help_and_defaults(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        import_module(f"sparseloom.experiments.{name}").main()
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert "--" in said
+    assert "MISSING" not in said
+
+
+def test_predictors_run_with_their_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparseloom.experiments import predictors
+
+    def run(study: predictors.Study, out: Path) -> list[dict[str, Any]]:
+        assert study == predictors.Study()
+        study_folder(out, study)
+        return []
+
+    monkeypatch.setattr(predictors, "run_study", run)
+    monkeypatch.setattr("sys.argv", ["x", "--out", str(tmp_path / "o"), "--results", "r.json"])
+    monkeypatch.chdir(tmp_path)
+    predictors.main()
+    assert "experiments.predictors" in json.loads(Path("r.json").read_text())["command"]

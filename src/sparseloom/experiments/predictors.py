@@ -11,7 +11,6 @@ and every score is kept in `out`.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -32,6 +31,7 @@ from sparseloom.experiments.contenders import (
     tuned,
 )
 from sparseloom.experiments.precision import Precision, trained_in
+from sparseloom.experiments.study_command import run_command
 from sparseloom.methods import (
     AttentionGate,
     Dense,
@@ -44,7 +44,6 @@ from sparseloom.methods import (
     SlidingWindow,
 )
 from sparseloom.models import LoadedModel, load_model
-from sparseloom.results import module_command, read_results, write_results
 from sparseloom.tasks import Task, get_task
 from sparseloom.training import adapt
 
@@ -212,22 +211,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Command line of the study."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("out/predictors"))
-    parser.add_argument("--results", type=Path, default=Path("results/predictors.json"))
-    parser.add_argument("--table", action="store_true", help="print the stored results and stop")
-    for field in dataclasses.fields(Study):
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(field.default), default=field.default)
-    arguments = vars(parser.parse_args())
-    out, results = arguments.pop("out"), arguments.pop("results")
-    if arguments.pop("table"):
-        lines = table([row.model_dump() for row in read_results(results).rows])
-        sys.stdout.write("\n".join(lines) + "\n")
-        return
-    rows = run_study(Study(**arguments), out)
-    write_results(results, rows, command=module_command("sparseloom.experiments.predictors"))
+    """Command line of the study; its table is printed."""
+
+    def run(study: Study, out: Path, _: Path | None) -> list[dict[str, Any]]:
+        rows = run_study(study, out)
+        sys.stdout.write("\n".join(table(rows)) + "\n")
+        return rows
+
+    run_command("predictors", __doc__, Study(), run)
 
 
 if __name__ == "__main__":

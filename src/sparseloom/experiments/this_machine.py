@@ -9,6 +9,7 @@ product with one row (weights from memory), attention of many queries and of one
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -92,7 +93,13 @@ def _share(ideal: float, measured: float) -> float:
 
 def main() -> None:
     """Measure, write, and print the file."""
-    file = write(measure())
+    first = (__doc__ or "").split("\n", 1)[0]
+    parser = argparse.ArgumentParser(
+        "python -m sparseloom.experiments.this_machine", description=first
+    )
+    usual = f"where the machine `this` looks for it: {this_machine_file()}".replace("%", "%%")
+    parser.add_argument("--out", type=Path, default=None, help=f"file; default: {usual}")
+    file = write(measure(), parser.parse_args().out)
     sys.stdout.write(f"{file}\n{file.read_text(encoding='utf-8')}")
 
 
