@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from sparseloom.experiments.long_context import stretched
+from sparseloom.experiments.long_context import Study, run_study, stretched
 from sparseloom.models import load_model
 
 
@@ -24,3 +26,17 @@ def test_stretching_keeps_weights_and_changes_positions() -> None:
 def test_shorter_is_refused() -> None:
     with pytest.raises(ValueError, match="length must be above 2048, the built-in model's, got 64"):
         stretched(64)
+
+
+def test_the_study_goes_on_from_the_shipped_predictor(tmp_path: Path) -> None:
+    study = Study(
+        length=2112, dense_steps=1, warmup_steps=1, joint_steps=1, windows=2, query_rows=16
+    )
+    rows = {row["contender"]: row for row in run_study(study, tmp_path)}
+    assert rows["dense"]["difference"] == 0.0
+    assert rows["window 90 %"]["loss"] > rows["dynamic 90 %"]["loss"] > 0.0
+    worst = zip(
+        rows["dynamic 90 %"]["retained_mass"], rows["dynamic 90 %"]["oracle_mass"], strict=True
+    )
+    assert min(ours / best for ours, best in worst) > 0.8  # an untrained one keeps far less
+    assert run_study(study, tmp_path) == list(rows.values())

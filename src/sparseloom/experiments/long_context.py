@@ -3,8 +3,9 @@
     python -m sparseloom.experiments.long_context --out out/long_context
 
 Rotary positions are interpolated (`rope_type` "yarn" with the factor of the lengths), the model is
-fine-tuned dense at the new length, and from there every contender gets the same extra steps, as in
-the adaptation study.  What is finished lies in `out` and is not made again.
+fine-tuned dense at the new length, its predictor, trained at the old length, further at the new
+one, and from there every contender gets the same extra steps, as in the adaptation study.  What is
+finished lies in `out` and is not made again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from transformers import LlamaForCausalLM
 
+from sparseloom.experiments.compare import with_predictor
 from sparseloom.experiments.contenders import (
     Against,
     Log,
@@ -40,7 +42,7 @@ class Study:
     length: int = 8192
     dense_steps: int = 40
     dense_lr: float = 3e-4
-    warmup_steps: int = 40
+    warmup_steps: int = 80
     joint_steps: int = 20
     lr: float = 5e-5
     predictor_lr: float = 2e-3
@@ -111,9 +113,10 @@ def run_study(study: Study, out: Path) -> list[dict[str, Any]]:
         return tuned(out / "base", fresh, Dense(), train_base)[0]
 
     def warm_up(loaded: LoadedModel) -> tuple[Method, Log]:
+        short = DynamicSparse(sparsity=0.9, projection=study.projection)
         method = adapt(
             loaded.model,
-            DynamicSparse(sparsity=0.9, projection=study.projection),
+            with_predictor(short, load_model("stdlib")),
             batches(loaded, study.warmup_steps, study.seed + 3),
             warmup_steps=study.warmup_steps,
             predictor_lr=study.predictor_lr,
