@@ -9,6 +9,7 @@ import torch
 
 from sparseloom.experiments.long_context import Study, run_study, stretched
 from sparseloom.models import load_model
+from sparseloom.results import read_results
 
 
 def test_stretching_keeps_weights_and_changes_positions() -> None:
@@ -40,3 +41,19 @@ def test_the_study_goes_on_from_the_shipped_predictor(tmp_path: Path) -> None:
     )
     assert min(ours / best for ours, best in worst) > 0.8  # an untrained one keeps far less
     assert run_study(study, tmp_path) == list(rows.values())
+
+
+def test_what_was_found_stands_in_the_docs() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs/adaptation.md").read_text("utf-8")
+    found = read_results(root / "results/long_context.json").rows
+    rows = {row["contender"]: row for row in (row.model_dump() for row in found)}
+    for name, row in rows.items():
+        change = f"{row['difference']:+.4f} (≤ {row['difference_upper95']:+.4f})"
+        shown = "–" if name == "dense" else change
+        assert f"| {name} | {row['density']:.1%} | {row['value']:.4f} | {shown} |" in text
+    dynamic = rows["dynamic 90 %"]
+    assert dynamic["difference_upper95"] <= 0.02
+    assert rows["dynamic 95 %"]["difference_upper95"] <= 0.04
+    kept = zip(dynamic["retained_mass"], dynamic["oracle_mass"], strict=True)
+    assert min(ours / best for ours, best in kept) >= 0.9
