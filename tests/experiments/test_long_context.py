@@ -52,6 +52,10 @@ def test_what_was_found_stands_in_the_docs() -> None:
         change = f"{row['difference']:+.4f} (≤ {row['difference_upper95']:+.4f})"
         shown = "–" if name == "dense" else change
         assert f"| {name} | {row['density']:.1%} | {row['value']:.4f} | {shown} |" in text
+    readme = (root / "README.md").read_text("utf-8")
+    for name in ("dynamic 90 %", "window 90 %"):
+        row = rows[name]
+        assert f"{row['difference']:+.4f} (≤ {row['difference_upper95']:+.4f})" in readme
     dynamic = rows["dynamic 90 %"]
     assert dynamic["difference_upper95"] <= 0.02
     assert rows["dynamic 95 %"]["difference_upper95"] <= 0.04
