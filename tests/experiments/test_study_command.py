@@ -125,13 +125,20 @@ COMMANDS = sorted(
 )
 
 
+def too_early(*_: object, **__: object) -> None:
+    raise AssertionError("work began before the words were read")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_study_has_help_and_defaults(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    module = import_module(f"sparseloom.experiments.{name}")
+    for works in {"measure", "run_study", "study"} & set(vars(module)):
+        monkeypatch.setattr(module, works, too_early)
     monkeypatch.setattr("sys.argv", [name, "--help"])
     with pytest.raises(SystemExit) as end:
-        import_module(f"sparseloom.experiments.{name}").main()
+        module.main()
     assert end.value.code == 0
     said = capsys.readouterr().out
     assert "--" in said

@@ -99,7 +99,8 @@ def main() -> None:
     )
     usual = f"where the machine `this` looks for it: {this_machine_file()}".replace("%", "%%")
     parser.add_argument("--out", type=Path, default=None, help=f"file; default: {usual}")
-    file = write(measure(), parser.parse_args().out)
+    out = parser.parse_args().out
+    file = write(measure(), out)
     sys.stdout.write(f"{file}\n{file.read_text(encoding='utf-8')}")
 
 
