@@ -113,10 +113,12 @@ def run_study(study: Study, out: Path) -> list[dict[str, Any]]:
         return tuned(out / "base", fresh, Dense(), train_base)[0]
 
     def warm_up(loaded: LoadedModel) -> tuple[Method, Log]:
-        short = DynamicSparse(sparsity=0.9, projection=study.projection)
+        wanted = DynamicSparse(sparsity=0.9, projection=study.projection)
+        short = with_predictor(wanted, load_model("stdlib"))
+        assert isinstance(short, DynamicSparse)
         method = adapt(
             loaded.model,
-            with_predictor(short, load_model("stdlib")),
+            short,
             batches(loaded, study.warmup_steps, study.seed + 3),
             warmup_steps=study.warmup_steps,
             predictor_lr=study.predictor_lr,
