@@ -24,9 +24,10 @@ def test_stretching_keeps_weights_and_changes_positions() -> None:
     assert (a - b).abs().sum(-1).mean() < 0.3
 
 
-def test_shorter_is_refused() -> None:
+def test_shorter_is_refused_and_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="length must be above 2048, the built-in model's, got 64"):
-        stretched(64)
+        run_study(Study(length=64), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_study_goes_on_from_the_shipped_predictor(tmp_path: Path) -> None:

@@ -81,7 +81,11 @@ def stretched(length: int) -> LoadedModel:
 
 
 def run_study(study: Study, out: Path) -> list[dict[str, Any]]:
-    """Run what is missing in `out` and return the rows of the whole study."""
+    """Run what is missing in `out` and return the rows of the whole study.
+
+    Raises ValueError when the length is not above the built-in model's context.
+    """
+    stretched(study.length)  # a length that cannot be must not leave a folder behind
     study_folder(out, study)
     task = StdlibBitsPerByte(context=study.length)
     task.load()
