@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparseloom import errors
 from sparseloom.cli import boundary
+from sparseloom.cli.app import app
 from sparseloom.kernels.cpu import native
 from sparseloom.results import read_results, results, validate_results
 
@@ -95,6 +96,13 @@ def test_every_command_offers_json(run: Run, command: str) -> None:
     code, out, err = run(command, "--help")
     assert code == 0, err
     assert "--json" in out
+
+
+def test_help_wraps_at_the_terminal_and_not_where_the_source_does(run: Run) -> None:
+    texts = [str(command.help) for command in app.registered_commands]
+    assert all(texts)
+    assert not [text for text in texts if "\n" in text.replace("\n\n", "")]
+    assert "thresholds off training text instead. For" in " ".join(run("adapt", "--help")[1].split())
 
 
 def test_version(run: Run) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,14 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 from sparseloom.integrations import sparsify
 from sparseloom.methods import Dense, DynamicSparse, SlidingWindow
 from sparseloom.training import adapt, finetune, load, save
+from sparseloom.training.loop import LoopSettings
 
 pytest.importorskip("accelerate", reason="training needs the train extra")
 
 METHOD = DynamicSparse(sparsity=0.7, projection=0.5, bits=4, minimum_keys=4)
 
 
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 0, **more: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=32,
@@ -33,6 +36,7 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=64,
         initializer_range=0.3,  # peaked attention, so that there is something to predict
+        **more,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -120,38 +124,53 @@ def test_controls_tune_without_a_predictor(method: Any) -> None:
     assert set(log[0]) == {"step", "loss"}
 
 
-def test_a_stopped_run_continues_to_the_same_end(tmp_path: Path) -> None:
-    from sparseloom.training import loop
+class Stop(Exception):
+    """What ends a run half way."""
 
-    whole = tiny_llama()
-    finetune(whole, Dense(), batches(6), steps=6, lr=1e-3, out=tmp_path / "a", progress=False)
 
-    class Stop(Exception):
-        pass
+def stopping_after(count: int, of: int) -> Iterator[dict[str, Tensor]]:
+    yield from batches(of)[:count]
+    raise Stop
 
-    def interrupted() -> Any:
-        yield from batches(6)[:4]
-        raise Stop
 
-    resumed = tiny_llama()
-    settings = loop.LoopSettings
-    patch = pytest.MonkeyPatch()
+@pytest.fixture
+def saves_every_other_step(monkeypatch: pytest.MonkeyPatch) -> None:
     # The package's name `adapt` is the function; the module has to be asked for.
-    patch.setattr(
-        import_module("sparseloom.training.adapt"),
-        "LoopSettings",
-        lambda steps: settings(steps, save_every=2),
-    )
-    with patch.context(), pytest.raises(Stop):
-        finetune(
-            resumed, Dense(), interrupted(), steps=6, lr=1e-3, out=tmp_path / "b", progress=False
+    module = import_module("sparseloom.training.adapt")
+    monkeypatch.setattr(module, "LoopSettings", partial(LoopSettings, save_every=2))
+
+
+@pytest.mark.usefixtures("saves_every_other_step")
+def test_a_stopped_run_continues_to_the_same_end(tmp_path: Path) -> None:
+    def run(seed: int, drawn: Any, out: Path) -> tuple[dict[str, Tensor], list[float]]:
+        model = tiny_llama(seed, attention_dropout=0.3)  # the masks dropped are drawn on, too
+        log = finetune(model, Dense(), drawn, steps=6, lr=1e-3, out=out, progress=False)
+        return weights(model), [row["step"] for row in log]
+
+    whole, _ = run(0, batches(6), tmp_path / "a")
+    with pytest.raises(Stop):
+        run(0, stopping_after(4, of=6), tmp_path / "b")
+    resumed, steps = run(5, batches(6), tmp_path / "b")
+    assert steps == [1, 2, 3, 4, 5, 6]
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor)
+
+
+@pytest.mark.usefixtures("saves_every_other_step")
+def test_a_stopped_predictor_looks_at_the_rows_that_it_would_have_looked_at(tmp_path: Path) -> None:
+    def run(drawn: Any, out: Path) -> dict[str, Tensor]:
+        method = adapt(
+            tiny_llama(), METHOD, drawn, warmup_steps=6, query_rows=4, out=out, progress=False
         )
-    patch.undo()
-    fresh = tiny_llama(seed=5)
-    log = finetune(fresh, Dense(), batches(6), steps=6, lr=1e-3, out=tmp_path / "b", progress=False)
-    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
-    for name, tensor in weights(whole).items():
-        torch.testing.assert_close(weights(fresh)[name], tensor)
+        assert method.module is not None
+        return weights(method.module)
+
+    whole = run(batches(6), tmp_path / "a")
+    with pytest.raises(Stop):
+        run(stopping_after(4, of=6), tmp_path / "b")
+    resumed = run(batches(6), tmp_path / "b")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:

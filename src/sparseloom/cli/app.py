@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Annotated
 
 import typer
@@ -36,6 +37,12 @@ def _common(
 ) -> None: ...
 
 
+def _prose(docstring: str | None) -> str:
+    """Paragraphs without the line breaks of the source, which Typer would keep."""
+    paragraphs = inspect.cleandoc(docstring or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
 for _command in (
     demo,
     compare,
@@ -49,4 +56,4 @@ for _command in (
     reproduce,
     info,
 ):
-    app.command()(_command)
+    app.command(help=_prose(_command.__doc__))(_command)

@@ -159,6 +159,7 @@ def adapt(
                 accelerator=accelerator,
                 checkpoint=folder and folder / "warm-up.pt",
                 progress=progress,
+                generators=[rows.generator],
                 about={
                     "method": method.name,
                     "sizes": predicting.sizes(),
@@ -291,6 +292,7 @@ def finetune(
             checkpoint=None if out is None else Path(out) / "fine-tune.pt",
             progress=progress,
             before_step=before_step,
+            generators=[rows.generator],
             about={
                 "method": method.to_dict(),
                 "loss": loss,

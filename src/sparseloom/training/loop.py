@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -89,14 +89,16 @@ def run_loop(
     checkpoint: Path | None,
     progress: bool,
     before_step: Callable[[int], None] | None = None,
+    generators: Sequence[torch.Generator] = (),
     about: Mapping[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Run `step` on each batch, step the optimiser, and return what `step` logged.
 
     `groups` are AdamW parameter groups with their own peak `lr`.  With a `checkpoint` file the
-    loop continues after the last saved step (the batches before it are drawn and dropped, so a
-    seeded iterator gives the same run); the file holds `modules`, optimiser and log, and `about`:
-    all that decides the run beside its batches, as JSON holds it.
+    loop continues after the last saved step, to the end that it would have come to unbroken: the
+    batches before it are drawn and dropped, and torch's generators and `generators` go on from
+    where they were.  The file holds these, `modules`, optimiser and log, and `about`: all that
+    decides the run beside its batches, as JSON holds it.
     `before_step` is called with the number of each step from 0.
 
     Raises:
@@ -108,7 +110,7 @@ def run_loop(
     )
     peaks = [group["lr"] for group in optimiser.param_groups]
     log: list[dict[str, float]] = []
-    first = 0
+    first, drawn = 0, None
     wanted = json.dumps(about or {})
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -121,18 +123,24 @@ def run_loop(
         for key, module in modules.items():
             module.load_state_dict(state["modules"][key])
         optimiser.load_state_dict(state["optimiser"])
-        log, first = state["log"], int(state["step"])
+        log, first, drawn = state["log"], int(state["step"]), state.get("random")
 
+    def draw(index: int) -> Batch:
+        batch = next(batches, None)
+        if batch is None:
+            raise ValueError(
+                f"batches ended after {index} of the {settings.steps} {name} steps; "
+                "pass a list (it is repeated) or a longer iterable"
+            )
+        return batch
+
+    for index in range(first):
+        draw(index)
+    if drawn is not None:
+        _go_on_drawing(drawn, generators)
     with _Bar(name, settings.steps, first, progress) as advance:
-        for index in range(settings.steps):
-            batch = next(batches, None)
-            if batch is None:
-                raise ValueError(
-                    f"batches ended after {index} of the {settings.steps} {name} steps; "
-                    "pass a list (it is repeated) or a longer iterable"
-                )
-            if index < first:
-                continue
+        for index in range(first, settings.steps):
+            batch = draw(index)
             rate = settings.rate(index)
             for group, peak in zip(optimiser.param_groups, peaks, strict=True):
                 group["lr"] = peak * rate
@@ -157,6 +165,7 @@ def run_loop(
                 done % settings.save_every == 0 or done == settings.steps
             ):
                 run = {"name": name, "steps": settings.steps, "about": wanted}
+                run["random"] = _drawn(generators)
                 _save(checkpoint, run, done, modules, optimiser, log)
     return log
 
@@ -180,6 +189,21 @@ def _refuse_other(file: Path, kept: Mapping[str, Any], wanted: Mapping[str, Any]
             f"out: {file} belongs to a run with {other} {kept[other]!r}, and this one has "
             f"{wanted.get(other)!r}; choose a fresh folder"
         )
+
+
+def _drawn(generators: Sequence[torch.Generator]) -> list[Tensor]:
+    """The states of `generators`, of torch's own, and of its CUDA device where there is one."""
+    states = [*(one.get_state() for one in generators), torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states
+
+
+def _go_on_drawing(states: Sequence[Tensor], generators: Sequence[torch.Generator]) -> None:
+    own = len(generators)
+    for one, state in zip(generators, states, strict=False):
+        one.set_state(state)
+    torch.set_rng_state(states[own])
+    if torch.cuda.is_available() and len(states) > own + 1:
+        torch.cuda.set_rng_state(states[own + 1])
 
 
 def _save(

@@ -52,13 +52,13 @@ class RowSampler:
 
     def __init__(self, count: int | None, seed: int) -> None:
         self._count = count
-        self._generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def draw(self, q_len: int) -> Tensor:
         """Rows below `q_len`, ascending."""
         if self._count is None or self._count >= q_len:
             return torch.arange(q_len)
-        return torch.randperm(q_len, generator=self._generator)[: self._count].sort().values
+        return torch.randperm(q_len, generator=self.generator)[: self._count].sort().values
 
 
 def predictor_loss(
