@@ -102,7 +102,9 @@ def test_help_wraps_at_the_terminal_and_not_where_the_source_does(run: Run) -> N
     texts = [str(command.help) for command in app.registered_commands]
     assert all(texts)
     assert not [text for text in texts if "\n" in text.replace("\n\n", "")]
-    assert "thresholds off training text instead. For" in " ".join(run("adapt", "--help")[1].split())
+    assert "thresholds off training text instead. For" in " ".join(
+        run("adapt", "--help")[1].split()
+    )
 
 
 def test_version(run: Run) -> None:

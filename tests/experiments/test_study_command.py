@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -36,6 +37,46 @@ def test_results_name_the_settings_that_were_changed(tmp_path: Path) -> None:
     command = json.loads((tmp_path / "r.json").read_text())["command"]
     plain = "python -m sparseloom.experiments.adaptation --joint-steps 7"
     assert command == f"{plain} --results {shlex.quote(words[3])}"
+
+
+def test_a_study_may_write_what_it_has_so_far(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file, row = Path("results/x_7.json"), {"record": "table", "name": "a", "title": "b"}
+
+    def run(*_: Any) -> Iterator[list[dict[str, Any]]]:
+        yield [row]
+        assert len(json.loads(file.read_text())["rows"]) == 1
+        yield [row, row]
+
+    def stored(settings: Settings) -> Path:
+        return Path(f"results/x_{settings.joint_steps}.json")
+
+    words = ["--joint-steps", "7"]
+    run_command("x", None, Settings(), run, stored=stored, arguments=words)
+    found = json.loads(file.read_text())
+    assert len(found["rows"]) == 2
+    assert found["command"] == "python -m sparseloom.experiments.x --joint-steps 7"
+
+
+@pytest.mark.parametrize("name", ["lra", "lra_baselines"])
+@pytest.mark.parametrize(("word", "value"), [("task", "speech"), ("size", "huge")])
+def test_arena_studies_say_what_there_is(
+    name: str,
+    word: str,
+    value: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [name, f"--{word}", value])
+    with pytest.raises(SystemExit) as end:
+        import_module(f"sparseloom.experiments.{name}").main()
+    assert end.value.code == 2
+    assert f"error: unknown {word} '{value}'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @dataclass(frozen=True)
@@ -134,7 +175,7 @@ def test_every_study_has_help_and_defaults(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = import_module(f"sparseloom.experiments.{name}")
-    for works in {"measure", "run_study", "study"} & set(vars(module)):
+    for works in {"measure", "run_choice", "run_study", "study"} & set(vars(module)):
         monkeypatch.setattr(module, works, too_early)
     monkeypatch.setattr("sys.argv", [name, "--help"])
     with pytest.raises(SystemExit) as end:

@@ -12,7 +12,6 @@ stopped one goes on.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -30,13 +29,13 @@ from transformers import PreTrainedModel
 
 from sparseloom.experiments.bootstrap import paired_bootstrap
 from sparseloom.experiments.contenders import Against, rows_against, scored, slug, study_folder
-from sparseloom.experiments.lra_sizes import LraStudy, Size, study_of
+from sparseloom.experiments.lra_sizes import LraStudy, study_of
+from sparseloom.experiments.study_command import run_command
 from sparseloom.integrations import method_shape
 from sparseloom.methods import Dense, DynamicSparse, Learned, Method, RandomMask, SlidingWindow
 from sparseloom.models.base import LoadedModel
 from sparseloom.models.lra import LraForSequenceClassification
 from sparseloom.models.lra_presets import lra_config
-from sparseloom.results import write_results
 from sparseloom.tasks import get_task
 from sparseloom.tasks.base import Batch
 from sparseloom.tasks.lra import LraTask
@@ -319,29 +318,39 @@ def _write(file: Path, content: Any) -> None:
     part.replace(file)
 
 
-def main() -> None:
-    """Command line of the studies; results are written after every contender."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--task", required=True, choices=("text", "retrieval", "image", "listops"))
-    parser.add_argument("--size", default="small", choices=("small", "paper"))
-    parser.add_argument("--out", type=Path, default=Path("out/lra"))
-    parser.add_argument("--data", type=Path, default=None)
-    parser.add_argument("--results", type=Path, default=None, help="results/lra_TASK.json")
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    size = cast("Size", given.size)
-    results = given.results or Path(f"results/lra_{given.task}.json")
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which study runs: a task, a size of `lra_sizes`, a seed."""
+
+    task: str = "text"
+    size: str = "small"
+    seed: int = 0
+
+    def stored(self) -> Path:
+        """Where its rows are kept."""
+        return Path(f"results/lra_{self.task}.json")
+
+
+def run_choice(choice: Choice, out: Path, data: Path | None) -> Iterator[list[dict[str, Any]]]:
+    """The rows of the study after each of its contenders."""
+    study = study_of(choice.task, choice.size, seed=choice.seed)
+    return reporting_runner(study, out, data).steps()
+
+
+def reporting_runner(study: LraStudy, out: Path, data: Path | None) -> Runner:
+    """A runner that says on standard error what it does, and when."""
     begun = time.monotonic()
 
     def say(text: str) -> None:
         sys.stderr.write(f"[{time.monotonic() - begun:6.0f} s] {text}\n")
         sys.stderr.flush()
 
-    study = study_of(given.task, size, seed=given.seed)
-    runner = Runner(study, given.out, data=given.data, say=say, progress=sys.stderr.isatty())
-    command = f"python -m sparseloom.experiments.lra --task {given.task} --size {size}"
-    for rows in runner.steps():
-        write_results(results, rows, command=command)
+    return Runner(study, out, data=data, say=say, progress=sys.stderr.isatty())
+
+
+def main() -> None:
+    """Command line of the studies; results are written after every contender."""
+    run_command("lra", __doc__, Choice(), run_choice, stored=Choice.stored)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The baselines of the Long Range Arena, each trained from scratch with the same steps and seed.
 
-    python -m sparseloom.experiments.lra_baselines --task text --out out/lra-baselines
+    python -m sparseloom.experiments.lra_baselines --task text --out out/lra_baselines
 
 Every contender has the vanilla model's sizes and recipe, the method in place from the first step.
 At the size "small" the inputs are shorter than the published ones, and what a method counts in
@@ -10,18 +10,16 @@ published configurations run (`sparseloom.methods.ARENA`).
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
+from typing import Any
 
-from sparseloom.experiments.lra import CONTROL, Contender, Runner
-from sparseloom.experiments.lra_sizes import LraStudy, Size, study_of
+from sparseloom.experiments.lra import CONTROL, Choice, Contender, reporting_runner
+from sparseloom.experiments.lra_sizes import LraStudy, study_of
+from sparseloom.experiments.study_command import run_command
 from sparseloom.methods import ARENA, Dense, DynamicSparse, parse_method
-from sparseloom.results import write_results
 
 SMALL = MappingProxyType(
     {
@@ -40,7 +38,7 @@ SMALL = MappingProxyType(
 """The published configurations with sizes for inputs of a few hundred tokens."""
 
 
-def baseline_study(task: str, size: Size = "small", *, seed: int = 0) -> LraStudy:
+def baseline_study(task: str, size: str = "small", *, seed: int = 0) -> LraStudy:
     """The study that trains one vanilla model, at "small" with shorter inputs and fewer steps."""
     study = study_of(task, size, seed=seed)
     if size == "paper":
@@ -60,29 +58,15 @@ def baselines_of(study: LraStudy) -> list[Contender]:
     ]
 
 
+def run_choice(choice: Choice, out: Path, data: Path | None) -> Iterator[list[dict[str, Any]]]:
+    """The rows of the study after each of its contenders."""
+    study = baseline_study(choice.task, choice.size, seed=choice.seed)
+    return reporting_runner(study, out, data).steps(baselines_of(study))
+
+
 def main() -> None:
     """Command line of the study; results are written after every contender."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--task", default="text", choices=("text", "retrieval", "image", "listops"))
-    parser.add_argument("--size", default="small", choices=("small", "paper"))
-    parser.add_argument("--out", type=Path, default=Path("out/lra-baselines"))
-    parser.add_argument("--data", type=Path, default=None)
-    parser.add_argument("--results", type=Path, default=Path("results/lra_baselines.json"))
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    study = baseline_study(given.task, cast("Size", given.size), seed=given.seed)
-    begun = time.monotonic()
-
-    def say(text: str) -> None:
-        sys.stderr.write(f"[{time.monotonic() - begun:6.0f} s] {text}\n")
-        sys.stderr.flush()
-
-    runner = Runner(study, given.out, data=given.data, say=say, progress=sys.stderr.isatty())
-    command = (
-        f"python -m sparseloom.experiments.lra_baselines --task {given.task} --size {given.size}"
-    )
-    for rows in runner.steps(baselines_of(study)):
-        write_results(given.results, rows, command=command)
+    run_command("lra_baselines", __doc__, Choice(), run_choice)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ _STUDIES: dict[tuple[str, str], LraStudy] = {
 }  # fmt: skip
 
 
-def study_of(task: str, size: Size = "small", **changes: Any) -> LraStudy:
+def study_of(task: str, size: str = "small", **changes: Any) -> LraStudy:
     """The study of a task (with or without `lra-`) at a size, with some settings changed.
 
     Raises:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparseloom.errors import BAD_INPUT, one_line, tracebacks_wanted
 from sparseloom.results import write_results
 
+Rows = list[dict[str, Any]]
+
 
 def run_command(
     name: str,
     description: str | None,
     defaults: Any,
-    run: Callable[[Any, Path, Path | None], list[dict[str, Any]]],
+    run: Callable[[Any, Path, Path | None], Rows | Iterator[Rows]],
     *,
+    stored: Callable[[Any], Path] | None = None,
     arguments: Sequence[str] | None = None,
 ) -> None:
     """Run `python -m sparseloom.experiments.NAME` and write its rows.
@@ -31,7 +34,10 @@ def run_command(
         name: of the module, and of the file in `results/` and the folder in `out/`.
         description: the module's docstring; its first line is shown by `--help`.
         defaults: the study's settings, a dataclass instance with a default in every field.
-        run: (settings, folder of stages, folder of data or None) → rows.
+        run: (settings, folder of stages, folder of data or None) → rows, or one list of them after
+            the other, each of which takes the place of the one before.
+        stored: (settings) → where rows are written unless --results says otherwise; None:
+            `results/NAME.json`.
         arguments: words of the command line; None takes the process's.
     """
     first = (description or "").strip().split("\n")[0]
@@ -40,8 +46,9 @@ def run_command(
         "--out", type=Path, default=Path(f"out/{name}"), help="stages that are kept"
     )
     parser.add_argument("--data", type=Path, default=None, help="default: $SPARSELOOM_DATA")
-    stored = Path(f"results/{name}.json")
-    parser.add_argument("--results", type=Path, default=stored, help="default: %(default)s")
+    usual = stored or (lambda _: Path(f"results/{name}.json"))
+    shown = f"default: {usual(defaults)}"
+    parser.add_argument("--results", type=Path, default=None, help=shown)
     fields = dataclasses.fields(defaults)
     for field in fields:
         value = getattr(defaults, field.name)
@@ -57,11 +64,13 @@ def run_command(
         for key, value in given.items()
         if value != getattr(defaults, key) or key in of_machine
     ]
-    if results != stored:
+    settings = dataclasses.replace(defaults, **given)
+    if results not in (None, usual(settings)):
         changed.append(f" --results {shlex.quote(str(results))}")
     try:
-        rows = run(dataclasses.replace(defaults, **given), out, data)
-        write_results(results, rows, command=parser.prog + "".join(changed))
+        found = run(settings, out, data)
+        for rows in [found] if isinstance(found, list) else found:
+            write_results(results or usual(settings), rows, command=parser.prog + "".join(changed))
     except BAD_INPUT as error:
         if tracebacks_wanted():
             raise

@@ -164,7 +164,7 @@ def run_loop(
             if checkpoint is not None and (
                 done % settings.save_every == 0 or done == settings.steps
             ):
-                run = {"name": name, "steps": settings.steps, "about": wanted}
+                run: dict[str, Any] = {"name": name, "steps": settings.steps, "about": wanted}
                 run["random"] = _drawn(generators)
                 _save(checkpoint, run, done, modules, optimiser, log)
     return log
