@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,11 @@ def test_a_small_study(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert by["static 0.9"]["phase"] == "entropy"
     again = static_quality.run_study(study, folder / "out")
     assert again == rows
+    # Where all are scored on as many items, there is one control, scored once.
+    equal = dataclasses.replace(study, items=4, first=2)
+    rows = static_quality.run_study(equal, folder / "equal")
+    assert [row["contender"] for row in rows] == ["dense", "static 0.9"]
+    assert len(list((folder / "equal").glob("score-dense*"))) == 1
 
 
 def test_unknown_tasks_and_missing_models_are_refused(tmp_path: Path) -> None:

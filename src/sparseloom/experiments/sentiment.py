@@ -104,6 +104,9 @@ def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[st
     base = _base(study, task, out)
     scores: dict[str, dict[str, Any]] = {}
     wanted = contenders(study)
+    fewer = "dense"
+    if study.fewer_items != study.items:
+        fewer = f"dense, {study.fewer_items} reviews"
     for label, contender in list(wanted.items())[: study.first or None]:
         source = wanted[contender.tuned_as or label].method
         loaded, method = _tune(study, task, contender.tuned_as or label, source, base, out)
@@ -111,7 +114,7 @@ def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[st
             method = _with_weights(contender.method, method)
         limits = {label: study.items} if contender.main else {label: study.fewer_items}
         if label == "dense":
-            limits[f"dense, {study.fewer_items} reviews"] = study.fewer_items
+            limits[fewer] = study.fewer_items
         for name, limit in limits.items():
             file = out / f"score-{slug(name)}.json"
             entry = scored(
@@ -125,7 +128,7 @@ def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[st
                 console=console,
             )
             if limit == study.fewer_items:
-                entry["control"] = f"dense, {study.fewer_items} reviews"
+                entry["control"] = fewer
             scores[name] = entry
             console.print(f"{name}: {entry['value']:.4f} at density {entry['density']:.4f}")
     return rows_against(Against("minilm", task, "dense", study.seed), scores)

@@ -178,7 +178,9 @@ def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[st
     run = _Run(study, out, task)
     scores: dict[str, dict[str, Any]] = {}
     more: dict[str, dict[str, Any]] = {}
-    fewer = f"{CONTROL}, {study.fewer_items} items"
+    fewer = CONTROL
+    if study.fewer_items != study.items:
+        fewer = f"{CONTROL}, {study.fewer_items} items"
     for label, contender in wanted:
         loaded, method = run.tuned(label, contender)
         limits = {label: study.items if contender.main else study.fewer_items}
