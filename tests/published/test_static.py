@@ -245,3 +245,11 @@ def test_three_systems_side_by_side() -> None:
     timed = by_quantity([*systems._times(times)])
     assert timed["static: measured speed-up (static 0.4, attention, bfloat16, 512 tokens)"] == 2.0
     assert "not stored" in timed["dynamic: measured speed-up (dynamic_end_to_end.json)"]
+
+
+def test_ablations_of_another_seed_are_named_by_it() -> None:
+    first = next(row for row in STUDY if row.get("method") == "static" and "phase" in row)
+    label = f"{first['contender']}, by mass"
+    rows = learned.ablations([*STUDY, {**first, "contender": label, "seed": 12}])
+    assert f"{first['task']}: {label} (seed 12): relative loss" in {r["quantity"] for r in rows}
+    assert all("(seed" not in row["quantity"] for row in learned.ablations(STUDY))

@@ -17,6 +17,7 @@ QUALITY = tuple(
         ("lra-image", "static_lra_image.json"),
         ("bytes", "static_bytes.json"),
         ("bytes --densities 0.15,0.1", "static_bytes_low.json"),
+        ("imdb --densities 0.25 --seed 12", "static_imdb_seed12.json"),
         ("bytes --seed 12", "static_bytes_seed12.json"),
         ("bytes --seed 13", "static_bytes_seed13.json"),
     )
@@ -141,13 +142,17 @@ def seeds(study: Sequence[Row]) -> list[Row]:
 
 
 def ablations(study: Sequence[Row]) -> list[Row]:
-    """Without the entropy terms, by mass, without coarse regions, with a budget per head."""
+    """Without the entropy terms, by mass, without coarse regions, with a budget per head.
+
+    Those of other seeds than a task's first are named by theirs: their control is another.
+    """
     found: list[Row] = []
-    runs = quality_rows(study)
-    for run in runs:
+    first = quality_rows(study)
+    for run in _all_seeds(study):
         label = str(run["contender"])
         if is_static(run) and "," in label:
-            found.append(_loss("ablations", f"{run['task']}: {label}", run, rival=True))
+            seed = "" if run in first else f" (seed {run['seed']})"
+            found.append(_loss("ablations", f"{run['task']}: {label}{seed}", run, rival=True))
     return found or [_absent("ablations", "loss of ablations", _UNKNOWN, s) for s in QUALITY]
 
 
