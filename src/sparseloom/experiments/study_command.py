@@ -47,7 +47,7 @@ def run_command(
     )
     parser.add_argument("--data", type=Path, default=None, help="default: $SPARSELOOM_DATA")
     usual = stored or (lambda _: Path(f"results/{name}.json"))
-    shown = f"default: {usual(defaults)}"
+    shown = f"default: {usual(defaults)}{', named by the settings' if stored else ''}"
     parser.add_argument("--results", type=Path, default=None, help=shown)
     fields = dataclasses.fields(defaults)
     for field in fields:
