@@ -16,7 +16,7 @@ def test_the_study_scores_both_compressors_with_and_without_training(
     small = StdlibCorpus(text * 9, text + text[:30], ("a.py",), False, ("a.py",))
     monkeypatch.setattr("sparseloom.tasks.language_modelling.load_stdlib", lambda: small)
     out = tmp_path / "compressors.json"
-    monkeypatch.setattr("sys.argv", ["compressors", "--out", str(out), "--table-bits", "10"])
+    monkeypatch.setattr("sys.argv", ["compressors", "--results", str(out), "--table-bits", "10"])
     compressors.main()
     rows = read_results(out).model_dump()["rows"]
     values = {(row["model"], row["settings"]["train_bytes"] > 0): row["value"] for row in rows}

@@ -14,7 +14,7 @@ import pytest
 
 from sparseloom import experiments
 from sparseloom.experiments.contenders import study_folder
-from sparseloom.experiments.study_command import run_command
+from sparseloom.experiments.study_command import NoSettings, run_command
 
 
 @dataclass(frozen=True)
@@ -201,3 +201,73 @@ def test_predictors_run_with_their_defaults(
     monkeypatch.chdir(tmp_path)
     predictors.main()
     assert "experiments.predictors" in json.loads(Path("r.json").read_text())["command"]
+
+
+@dataclass(frozen=True)
+class Flags:
+    quick: bool = False
+    steps: int = 3
+
+
+def test_a_setting_of_yes_or_no_is_a_word(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def run(settings: Flags, *_: Any) -> list[dict[str, Any]]:
+        seen.append(settings)
+        return [{"record": "table", "name": "a", "title": "b"}]
+
+    for words in (["--quick"], []):
+        given = [*words, "--results", str(tmp_path / "r.json")]
+        run_command("x", None, Flags(), run, arguments=given)
+        command = shlex.split(json.loads((tmp_path / "r.json").read_text())["command"])
+        assert command[3:] == given
+    assert seen == [Flags(quick=True), Flags()]
+
+
+def test_a_study_without_stages_or_data_has_no_words_for_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for word in ("--out", "--data"):
+        with pytest.raises(SystemExit):
+            run_command(
+                "x", None, NoSettings(), lambda *_: [], keeps=False, reads=False,
+                arguments=[word, str(tmp_path)],
+            )  # fmt: skip
+        assert f"unrecognized arguments: {word}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("static_time", ["--lengths", "512,0"], "lengths must be numbers of 128 or more, got '0'"),
+        ("static_time", ["--folders", "nowhere"], "no saved model in nowhere"),
+        ("compressors", ["--table-bits", "-1"], "table_bits must be in [8, 28], got -1"),
+        ("generation_time", ["--repeats", "0"], "repeats must be 1 or more, got 0"),
+        ("generation_time", ["--kv-len", "0"], "kv_len must be an integer of at least 1, got 0"),
+        ("thresholds", ["--documents", "0"], "documents must be an integer of at least 1, got 0"),
+        ("lengths", ["--data", "nowhere"], "looked in nowhere"),
+        ("spatten_generation", ["--steps", "0"], "steps must be an integer of at least 1, got 0"),
+        ("dota_masks", ["--name", "x", "--task", "speech", "stdlib"], "unknown task 'speech'"),
+    ],
+)
+def test_wrong_words_end_in_one_line_and_leave_nothing(
+    name: str,
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    module = import_module(f"sparseloom.experiments.{name}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [name, *words])
+    if name == "lengths":
+        monkeypatch.setattr(module, "wordpiece_counter", lambda: len)
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert said in shown
+    assert len(shown.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

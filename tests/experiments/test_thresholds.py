@@ -90,7 +90,7 @@ def test_the_command_writes_a_results_file(
     encoder: LoadedModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out" / "thresholds.json"
-    words = ["thresholds", "--data", str(data), "--out", str(out), "--documents", "2"]
+    words = ["thresholds", "--data", str(data), "--results", str(out), "--documents", "2"]
     monkeypatch.setattr("sys.argv", words)
     thresholds.main()
     assert read_results(out).rows

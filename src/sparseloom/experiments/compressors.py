@@ -1,20 +1,19 @@
 """xz and an order-6 context mixture on the corpus of the built-in model, to set beside it.
 
-    python -m sparseloom.experiments.compressors --out results/compressors.json
+    python -m sparseloom.experiments.compressors
 
 Each compressor reads the held-out half alone, and after the training half that the model saw.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from rich.progress import Progress
 
-from sparseloom.results import module_command, write_results
+from sparseloom.experiments.study_command import run_command
 from sparseloom.tasks.compressors import context_mixture_bits_per_byte, xz_bits_per_byte
 from sparseloom.tasks.language_modelling import StdlibBitsPerByte
 
@@ -55,20 +54,29 @@ def _row(name: str, value: float, settings: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Command line of the study."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("results/compressors.json"))
-    parser.add_argument("--table-bits", type=int, default=24)
-    arguments = parser.parse_args()
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the study can vary: 2 to the power of `table_bits` counters of the context mixture."""
+
+    table_bits: int = 24
+
+
+def run_study(settings: Settings) -> list[dict[str, Any]]:
+    """Rows of the study, under a progress bar."""
     with Progress() as progress:
         task = progress.add_task("context mixture", total=None)
-        rows = compress_stdlib(
-            table_bits=arguments.table_bits,
+        return compress_stdlib(
+            table_bits=settings.table_bits,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    command = module_command("sparseloom.experiments.compressors")
-    write_results(arguments.out, rows, command=command)
+
+
+def main() -> None:
+    """Command line of the study."""
+    run_command(
+        "compressors", __doc__, Settings(), lambda settings, *_: run_study(settings),
+        keeps=False, reads=False,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 from sparseloom import hardware
 from sparseloom.experiments.reproduce.dota_benchmarks import ELSA_RETENTION
 from sparseloom.experiments.reproduce.dota_runs import DOTA, attention_alone, measure
+from sparseloom.experiments.study_command import errors_in_one_line
 from sparseloom.hardware.load_savings import load_savings
 from sparseloom.results import read_results, write_results
 from sparseloom.trace import PredictorShape, Selection, Trace
@@ -207,12 +208,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fidelity", default="cycle", choices=("analytic", "cycle"))
     parser.add_argument("--results", type=Path, default=Path("results/dota_masks.json"))
     given = parser.parse_args(arguments)
+    with errors_in_one_line():
+        _run(given, parser.prog)
+
+
+def _run(given: argparse.Namespace, prog: str) -> None:
     rows = study(given.name, given.task, given.folders, data=given.data, fidelity=given.fidelity)
     words = ["--name", given.name, "--task", given.task, *given.folders]
     if given.fidelity != "cycle":
         words += ["--fidelity", given.fidelity]
     for row in rows:
-        row["run"] = f"{parser.prog} {shlex.join(words)}"
+        row["run"] = f"{prog} {shlex.join(words)}"
     every = merged(given.results, rows)
     # One command for each workload: all of them made the file.
     runs = dict.fromkeys(row["run"] for row in every if "run" in row)

@@ -8,9 +8,9 @@ the low bits is not left to them. In one contender no row does, in the other all
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from sparseloom.experiments.study_command import run_command
 from sparseloom.experiments.timing import interleave
 from sparseloom.integrations.counts import LayerCounts
 from sparseloom.integrations.generate import generate_step
 from sparseloom.integrations.generation import GenerationLayer, generation_layer
 from sparseloom.methods import SpAtten
 from sparseloom.methods.base import AttentionInputs
-from sparseloom.results import module_command, write_results
+from sparseloom.methods.settings import check_at_least
 
 SMALL_TRACE = (0.9, 0.7, *(0.2,) * 4, *(0.1,) * 6)
 """Tokens per layer of GPT-2 small in the published trace (keep 921, 716, 204, 102 of 1024)."""
@@ -45,7 +46,11 @@ def time_rows(
     The dense time is that of SDPA alone. SpAtten's holds everything: quantising and storing the new
     token, ranking, attention, scores and statistics. The dense cache copies itself at each step,
     which is timed apart.
+
+    Raises:
+        ValueError: no keys, or no rounds.
     """
+    check_at_least("kv_len", kv_len, 1)
     generator = torch.Generator().manual_seed(0)
 
     def draw(length: int) -> Tensor:
@@ -129,18 +134,28 @@ def _inputs(layer: int, query: Tensor, key: Tensor, value: Tensor) -> AttentionI
     )
 
 
-def main() -> None:
-    """Command line of the measurement."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("results/spatten_generation_time.json"))
-    parser.add_argument("--kv-len", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=9)
-    arguments = parser.parse_args()
-    rows = time_rows(kv_len=arguments.kv_len, repeats=arguments.repeats)
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Keys in the cache, and measured rounds."""
+
+    kv_len: int = 8192
+    repeats: int = 9
+
+
+def run_study(settings: Settings) -> list[dict[str, Any]]:
+    """All rows, said one by one."""
+    rows = time_rows(kv_len=settings.kv_len, repeats=settings.repeats)
     for row in rows:
         sys.stdout.write(f"{row['contender']}: {row['ms']:.1f} ms ({row['speedup']:.2f}x)\n")
-    command = module_command("sparseloom.experiments.generation_time")
-    write_results(arguments.out, rows, command=command)
+    return rows
+
+
+def main() -> None:
+    """Command line of the measurement."""
+    run_command(
+        "generation_time", __doc__, Settings(), lambda settings, *_: run_study(settings),
+        stored=lambda _: Path("results/spatten_generation_time.json"), keeps=False, reads=False,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How long the inputs of the SpAtten benchmarks are, in WordPiece tokens.
 
-    python -m sparseloom.experiments.lengths --data DIR --out results/benchmark_lengths.json
+    python -m sparseloom.experiments.lengths
 
 SpAtten (HPCA 2021, §V-A) sets the input length of a BERT benchmark to the average length of the
 task's dev set, and prints none. Here the dev sets on disk are tokenised with BERT's uncased
@@ -11,7 +11,6 @@ second [SEP], cut at BERT's 512 positions. The table that the benchmarks use is
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from sparseloom.results import module_command, write_results
+from sparseloom.experiments.study_command import NoSettings, run_command
 from sparseloom.tasks.data import find_data, read_text
 
 POSITIONS = 512
@@ -153,13 +152,11 @@ def wordpiece_counter() -> Callable[[Sequence[Text]], list[int]]:
 
 def main() -> None:
     """Command line of the measurement."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, default=None, help="default: SPARSELOOM_DATA")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmark_lengths.json"))
-    arguments = parser.parse_args()
-    rows = measure(DEV_SETS, wordpiece_counter(), arguments.data)
-    command = module_command("sparseloom.experiments.lengths")
-    write_results(arguments.out, rows, command=command.replace(str(arguments.data), "DIR"))
+    run_command(
+        "lengths", __doc__, NoSettings(),
+        lambda _settings, _out, data: measure(DEV_SETS, wordpiece_counter(), data),
+        stored=lambda _: Path("results/benchmark_lengths.json"), keeps=False,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

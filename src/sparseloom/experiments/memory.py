@@ -1,6 +1,6 @@
 """The DRAM model beside Ramulator 2.1: sequential streams by mapping, kept keys of pruned heads.
 
-    python -m sparseloom.experiments.memory --out results/memory_oracle.json
+    python -m sparseloom.experiments.memory
 
 Ramulator's figures were measured once (HBM2, 2 Gb/s per pin, its timing table, read-only traces of
 32-byte requests, one player of traces) and stand here as constants. What is printed of its traces
@@ -21,16 +21,15 @@ the same for all 15 points:
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sparseloom.experiments.study_command import NoSettings, run_command
 from sparseloom.hardware.units.dram_config import MemoryConfig, load_memory
 from sparseloom.hardware.units.dram_stream import stream, streaming_bandwidth
-from sparseloom.results import module_command, write_results
 
 SEQUENTIAL = {"RoBaRaCoCh": 129, "MOP4CLXOR": 223, "ChRaBaRoCo": 47}
 """Mapping → bytes per clock of a sequential stream, 8 channels (256 at most)."""
@@ -134,16 +133,20 @@ def rows() -> list[dict[str, Any]]:
     return [*sequential, *kept, summary]
 
 
-def main() -> None:
-    """Command line of the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("results/memory_oracle.json"))
-    arguments = parser.parse_args()
-    command = module_command("sparseloom.experiments.memory")
+def run_study() -> list[dict[str, Any]]:
+    """All rows, said one by one."""
     found = rows()
-    write_results(arguments.out, found, command=command)
     for row in found:
         sys.stdout.write(", ".join(f"{key} {value}" for key, value in row.items()) + "\n")
+    return found
+
+
+def main() -> None:
+    """Command line of the comparison."""
+    run_command(
+        "memory", __doc__, NoSettings(), lambda *_: run_study(),
+        stored=lambda _: Path("results/memory_oracle.json"), keeps=False, reads=False,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

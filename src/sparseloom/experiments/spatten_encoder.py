@@ -1,6 +1,6 @@
 """MiniLM on 512-token documents with tokens and heads pruned, beside dense SDPA: whole-model time.
 
-    python -m sparseloom.experiments.spatten_encoder --out results/spatten_encoder.json
+    python -m sparseloom.experiments.spatten_encoder
 
 The documents are English text that comes with Python (`pydoc_data.topics`).  Contenders run in
 turns in one process, the unchanged model among them; the time of a pruned pass includes entering
@@ -9,21 +9,20 @@ and leaving the `sparsify` block.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparseloom.experiments.study_command import run_command
 from sparseloom.experiments.timing import interleave
 from sparseloom.integrations import sparsify
 from sparseloom.integrations.stats import left_of
 from sparseloom.methods import Method, SpAtten
 from sparseloom.models import LoadedModel, load_model
-from sparseloom.results import module_command, write_results
 
 CONTENDERS = (
     SpAtten(token_keep=None, head_keep=None),
@@ -106,20 +105,30 @@ def _edges(tokenizer: Any) -> tuple[int, int]:
     return tokenizer.cls_token_id, tokenizer.sep_token_id
 
 
-def main() -> None:
-    """Command line of the measurement."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("results/spatten_encoder.json"))
-    parser.add_argument("--repeats", type=int, default=7)
-    arguments = parser.parse_args()
-    command = module_command("sparseloom.experiments.spatten_encoder")
-    found = rows(repeats=arguments.repeats)
-    write_results(arguments.out, found, command=command)
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Measured rounds, all contenders in each."""
+
+    repeats: int = 7
+
+
+def run_study(settings: Settings) -> list[dict[str, Any]]:
+    """All rows, said one by one."""
+    found = rows(repeats=settings.repeats)
     for row in found:
         sys.stdout.write(
             f"batch {row['batch']}  {row['method']}: {row['dense_ms']:.1f} → {row['ms']:.1f} ms, "
             f"{row['speedup']:.2f}×\n"
         )
+    return found
+
+
+def main() -> None:
+    """Command line of the measurement."""
+    run_command(
+        "spatten_encoder", __doc__, Settings(), lambda settings, *_: run_study(settings),
+        keeps=False, reads=False,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -26,9 +26,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from sparseloom.experiments.bootstrap import paired_bootstrap
+from sparseloom.experiments.study_command import errors_in_one_line
 from sparseloom.files import fresh_file
 from sparseloom.integrations import sparsify
 from sparseloom.methods import H2O, Method, Quest, SnapKV, SpAtten, StreamingLLM
+from sparseloom.methods.settings import check_at_least
 from sparseloom.models import LoadedModel, load_model
 from sparseloom.results import module_command, read_results, write_results
 from sparseloom.tasks.data import find_data
@@ -281,14 +283,24 @@ def table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Command line of the study."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("results/spatten_generation.json"))
-    parser.add_argument("--work", type=Path, default=Path("out/spatten_generation"))
-    parser.add_argument("--data", type=Path, default=None, help="default: SPARSELOOM_DATA")
+    parser = argparse.ArgumentParser(
+        "python -m sparseloom.experiments.spatten_generation",
+        description=__doc__.splitlines()[0] if __doc__ else None,
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/spatten_generation"))
+    parser.add_argument("--data", type=Path, default=None, help="default: $SPARSELOOM_DATA")
+    parser.add_argument("--results", type=Path, default=Path("results/spatten_generation.json"))
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--steps", type=int, default=64)
     arguments = parser.parse_args()
+    with errors_in_one_line(arguments.out):
+        _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    for name in ("windows", "prompt", "steps"):
+        check_at_least(name, getattr(arguments, name), 1)
     sizes = (arguments.windows, arguments.prompt, arguments.steps + 1)
     texts = [built_in(*sizes)]
     try:
@@ -297,10 +309,10 @@ def main() -> None:
         sys.stdout.write(f"without the stories checkpoint: {error}\n")
     else:
         texts.append(stories(folder, arguments.windows, 256, arguments.steps + 1))
-    known = read_results(arguments.out).rows if arguments.out.exists() else []
-    rows = run_study(texts, arguments.work, [row.model_dump() for row in known])
+    known = read_results(arguments.results).rows if arguments.results.exists() else []
+    rows = run_study(texts, arguments.out, [row.model_dump() for row in known])
     command = module_command("sparseloom.experiments.spatten_generation")
-    write_results(arguments.out, rows, command=command)
+    write_results(arguments.results, rows, command=command)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ length that the regions were chosen for, on the same drawn inputs.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from sparseloom.experiments.study_command import run_command
 from sparseloom.experiments.timing import interleave
 from sparseloom.kernels.regions import RegionPlan, plan_regions, region_attention
 from sparseloom.regions import (
@@ -42,9 +43,10 @@ from sparseloom.regions import (
     rows,
     stripe,
 )
-from sparseloom.results import module_command, write_results
 
 DENSITY = 0.38
+_SHORTEST = 128
+"""Tokens of which heads are drawn."""
 _TRIES = 200
 
 
@@ -123,13 +125,9 @@ def time_learned(
         ValueError: the model has no regions.
     """
     from sparseloom.integrations import describe
-    from sparseloom.methods import StaticSparse
-    from sparseloom.training import load
 
-    model, method = load(folder)
-    if not isinstance(method, StaticSparse) or method.regions is None:
-        raise ValueError(f"folders must hold models with static regions, got {folder}")
-    shape, table = describe(model), method.regions
+    model, method, table = _regions_of(folder)
+    shape = describe(model)
     found: list[dict[str, Any]] = []
     for n in map(int, table.lengths):
         layers = [list(decode_heads(table.encoded(n, layer))) for layer in range(shape.layers)]
@@ -141,6 +139,17 @@ def time_learned(
         rows[1]["density"] = method.tile_density(n, is_causal=shape.is_causal)
         found += [{**row, "layers": shape.layers, "folder": str(folder)} for row in rows]
     return found
+
+
+def _regions_of(folder: Path) -> tuple[Any, Any, Any]:
+    """A model with static regions, its method, its regions."""
+    from sparseloom.methods import StaticSparse
+    from sparseloom.training import load
+
+    model, method = load(folder)
+    if not isinstance(method, StaticSparse) or method.regions is None:
+        raise ValueError(f"folders must hold models with static regions, got {folder}")
+    return model, method, method.regions
 
 
 def _timed(
@@ -217,16 +226,31 @@ def _drawn_region(n: int, rng: np.random.Generator) -> Region:
     return block(r0, r1, first * TILE_KEYS, (end - first) * TILE_KEYS)
 
 
-def main() -> None:
-    """Command line of the measurement."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("results/static_time.json"))
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048])
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--share", type=float, default=DENSITY)
-    parser.add_argument("--flex", action="store_true")
-    parser.add_argument("--folders", type=Path, nargs="*", default=[], help="learned regions")
-    arguments = parser.parse_args()
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is timed: lengths and folders are separated by commas.
+
+    `share` of the tiles that a drawn head computes, `flex` to run FlexAttention too.
+    """
+
+    lengths: str = "512,2048"
+    repeats: int = 9
+    share: float = DENSITY
+    flex: bool = False
+    folders: str = ""
+
+
+def run_study(settings: Settings) -> list[dict[str, Any]]:
+    """All rows, said one by one.
+
+    Raises:
+        ValueError: a length below the shortest for which heads are drawn, or no number.
+        FileNotFoundError: a folder without a model.
+    """
+    lengths = [_length(word) for word in settings.lengths.split(",")]
+    folders = [Path(word) for word in settings.folders.split(",") if word]
+    for folder in folders:
+        _regions_of(folder)  # before anything is timed
     found: list[dict[str, Any]] = []
 
     def say(rows: list[dict[str, Any]]) -> None:
@@ -239,17 +263,30 @@ def main() -> None:
             )
 
     for dtype in (torch.float32, torch.bfloat16):
-        for n in arguments.lengths:
+        for n in lengths:
             for head_dim in (64, 32):
                 rows = time_rows(
-                    n, head_dim, dtype, batch=max(1, 2048 // n), share=arguments.share,
-                    repeats=arguments.repeats, flex=arguments.flex,
+                    n, head_dim, dtype, batch=max(1, 2048 // n), share=settings.share,
+                    repeats=settings.repeats, flex=settings.flex,
                 )  # fmt: skip
                 say(rows)
-        for folder in arguments.folders:
-            say(time_learned(folder, dtype, repeats=arguments.repeats))
-    command = module_command("sparseloom.experiments.static_time")
-    write_results(arguments.out, found, command=command)
+        for folder in folders:
+            say(time_learned(folder, dtype, repeats=settings.repeats))
+    return found
+
+
+def _length(word: str) -> int:
+    if not word.isdecimal() or int(word) < _SHORTEST:
+        raise ValueError(f"lengths must be numbers of {_SHORTEST} or more, got {word!r}")
+    return int(word)
+
+
+def main() -> None:
+    """Command line of the measurement."""
+    run_command(
+        "static_time", __doc__, Settings(), lambda settings, *_: run_study(settings),
+        keeps=False, reads=False,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How sparse is attention already?  Probabilities below θ dropped, nothing trained.
 
-    python -m sparseloom.experiments.thresholds --data DIR --out results/oracle_thresholds.json
+    python -m sparseloom.experiments.thresholds
 
 Table 1 of Liu et al. (IEEE TC 2022) drops attention weights below θ = 0.001 and 0.01 at inference
 and prints 75–95 % and 94–97 % sparsity at 81.50 and 80.51 exact match (dense: 81.49), for a model
@@ -11,7 +11,6 @@ One difference: the weights that are left are normalised again.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,12 @@ from jaxtyping import Float, Int
 from rich.progress import Progress
 from torch import Tensor
 
+from sparseloom.experiments.study_command import run_command
 from sparseloom.integrations import Sparsified, sparsify
 from sparseloom.integrations.stats import density_of
 from sparseloom.methods import Oracle
+from sparseloom.methods.settings import check_at_least
 from sparseloom.models import LoadedModel, load_model
-from sparseloom.results import module_command, write_results
 from sparseloom.tasks.base import evaluating
 from sparseloom.tasks.imdb import MovieReviews
 from sparseloom.tasks.stsb import SemanticSimilarity
@@ -81,7 +81,14 @@ def oracle_thresholds(
         step: called with the name of each part before it runs.
 
     `sparsity_by_layer` counts pairs of real keys (padding excluded) over all queries.
+
+    Raises:
+        ValueError: nothing to read.
+        FileNotFoundError: data that is not there.
     """
+    check_at_least("documents", documents, 1)
+    if pairs is not None:
+        check_at_least("pairs", pairs, 1)
     loaded = load_model("minilm")
     similarity, reviews = SemanticSimilarity().load(data), MovieReviews().load(data)
     texts = reviews.documents(loaded, length=_LENGTH, count=documents)
@@ -160,14 +167,16 @@ def _sparsity(sparse: Sparsified) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Command line of the study."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--data", type=Path, default=None, help="default: SPARSELOOM_DATA")
-    parser.add_argument("--out", type=Path, default=Path("results/oracle_thresholds.json"))
-    parser.add_argument("--documents", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=None, help="default: all of STS-B dev")
-    arguments = parser.parse_args()
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How much is read: reviews, and pairs of sentences (0 takes all of the dev set)."""
+
+    documents: int = 64
+    pairs: int = 0
+
+
+def run_study(settings: Settings, data: Path | None) -> list[dict[str, Any]]:
+    """Rows of the study, under a progress bar."""
     parts = 2 + 2 * len(THRESHOLDS)
     with Progress() as progress:
         task = progress.add_task("", total=parts)
@@ -177,11 +186,19 @@ def main() -> None:
             progress.update(task, advance=done, description=name)
 
         rows = oracle_thresholds(
-            arguments.data, documents=arguments.documents, pairs=arguments.pairs, step=step
+            data, documents=settings.documents, pairs=settings.pairs or None, step=step
         )
         progress.update(task, completed=parts)
-    command = module_command("sparseloom.experiments.thresholds")
-    write_results(arguments.out, rows, command=command)
+    return rows
+
+
+def main() -> None:
+    """Command line of the study."""
+    run_command(
+        "thresholds", __doc__, Settings(),
+        lambda settings, _out, data: run_study(settings, data),
+        stored=lambda _: Path("results/oracle_thresholds.json"), keeps=False,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
