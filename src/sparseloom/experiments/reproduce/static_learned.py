@@ -18,6 +18,8 @@ QUALITY = tuple(
         ("bytes", "static_bytes.json"),
         ("bytes --densities 0.15,0.1", "static_bytes_low.json"),
         ("imdb --densities 0.25 --seed 12", "static_imdb_seed12.json"),
+        ("lra-image --seed 12", "static_lra_image_seed12.json"),
+        ("lra-image --seed 13", "static_lra_image_seed13.json"),
         ("bytes --seed 12", "static_bytes_seed12.json"),
         ("bytes --seed 13", "static_bytes_seed13.json"),
     )
