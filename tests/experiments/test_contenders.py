@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparseloom.experiments.contenders import (
     Against,
+    chosen,
     rows_against,
     scored,
     study_folder,
@@ -142,3 +143,16 @@ def test_a_folder_belongs_to_one_study(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a study with steps 5, and this one has 6; choose a"):
         study_folder(out, study(6, (1, 2), 0), free=("first",))
     assert [file.name for file in out.iterdir()] == ["study.json"]
+
+
+def test_the_control_runs_beside_whatever_is_chosen() -> None:
+    every = {"dense": 0, "static 0.25": 1, "static 0.4": 2, "window 0.25": 3}
+    assert chosen(every, "dense", "") == every
+    assert [*chosen(every, "dense", "window 0.25; static 0.4")] == [
+        "dense", "static 0.4", "window 0.25",
+    ]  # fmt: skip
+    assert [*chosen(every, "dense", "", 2)] == ["dense", "static 0.25"]
+    with pytest.raises(ValueError, match=r"unknown only 'windows 0\.25'; did you mean"):
+        chosen(every, "dense", "windows 0.25")
+    with pytest.raises(ValueError, match=r"first must be 0 .* got -1"):
+        chosen(every, "dense", "", -1)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from sparseloom.experiments import static_quality, static_toy
-from sparseloom.experiments.static_quality import PATTERNS, chosen, contenders
+from sparseloom.experiments.static_quality import PATTERNS, contenders
 from sparseloom.methods import StaticSparse, TileAligned
 from sparseloom.tasks.classification import OwnClassification
 
@@ -110,14 +110,6 @@ def folder(tmp_path: Path) -> Path:
             for i in range(8):
                 table.writerow([" ".join(words[(i * j) % 20] for j in range(70)), str(i % 2)])
     return tmp_path
-
-
-def test_the_control_runs_beside_whatever_is_chosen() -> None:
-    study = static_quality.Study(only="window 0.25; static 0.4")
-    assert [name for name, _ in chosen(study)] == ["dense", "static 0.4", "window 0.25"]
-    assert [name for name, _ in chosen(static_quality.Study(first=2))] == ["dense", "static 0.25"]
-    with pytest.raises(ValueError, match=r"unknown only 'windows 0\.25'; did you mean"):
-        chosen(static_quality.Study(only="windows 0.25"))
 
 
 def test_a_small_study(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,6 +246,8 @@ def test_a_study_without_stages_or_data_has_no_words_for_them(
         ("generation_time", ["--kv-len", "0"], "kv_len must be an integer of at least 1, got 0"),
         ("thresholds", ["--documents", "0"], "documents must be an integer of at least 1, got 0"),
         ("lengths", ["--data", "nowhere"], "looked in nowhere"),
+        ("sentiment", ["--only", "dynamic 80 %"], "unknown only 'dynamic 80 %'"),
+        ("sentiment", ["--first", "-1"], "first must be 0 for all contenders or how many run"),
         ("spatten_generation", ["--steps", "0"], "steps must be an integer of at least 1, got 0"),
         ("dota_masks", ["--name", "x", "--task", "speech", "stdlib"], "unknown task 'speech'"),
     ],

@@ -10,11 +10,12 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from sparseloom.errors import unknown_name
 from sparseloom.experiments.bootstrap import (
     PairedDifference,
     paired_bootstrap,
@@ -29,6 +30,7 @@ from sparseloom.tasks import Task
 from sparseloom.training import load, save
 
 Log = list[dict[str, float]]
+Contender = TypeVar("Contender")
 
 
 def study_folder(out: Path, study: Any, free: Collection[str] = ()) -> None:
@@ -58,6 +60,33 @@ def study_folder(out: Path, study: Any, free: Collection[str] = ()) -> None:
             f"out: {out} belongs to a study with {other} {kept.get(other)!r}, and this one has "
             f"{ours.get(other)!r}; choose a fresh folder"
         )
+
+
+def chosen(
+    every: Mapping[str, Contender], control: str, only: str, first: int = 0
+) -> dict[str, Contender]:
+    """The contenders that run, in the order of `every`.
+
+    Args:
+        every: those that there are, by name.
+        control: always among them, where it is one of the first.
+        only: names separated by semicolons; empty for all.
+        first: how many of `every` are there to choose from; 0 for all.
+
+    Raises:
+        ValueError: `only` names one that there is none of, or `first` is negative.
+    """
+    if first < 0:
+        raise ValueError(f"first must be 0 for all contenders or how many run, got {first}")
+    names = [name.strip() for name in only.split(";") if name.strip()]
+    for name in names:
+        if name not in every:
+            raise unknown_name("only", name, every)
+    return {
+        name: one
+        for name, one in list(every.items())[: first or None]
+        if not names or name in (control, *names)
+    }
 
 
 def tuned(

@@ -22,6 +22,7 @@ from rich.console import Console
 from sparseloom.experiments.contenders import (
     Against,
     Log,
+    chosen,
     rows_against,
     scored,
     slug,
@@ -36,12 +37,15 @@ from sparseloom.models import LoadedModel, load_model
 from sparseloom.tasks.classification import SentimentClassification
 from sparseloom.training import adapt, finetune
 
+CONTROL = "dense"
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Study:
     """What the study holds equal.  Documents seen are steps × `batch`.
 
-    `first` says how many of the contenders run, in their order; 0 for all.
+    `first` says how many of the contenders run, in their order, 0 for all; `only` names those that
+    run beside the control, separated by semicolons.
     """
 
     length: int = 512
@@ -60,6 +64,7 @@ class Study:
     seed: int = 11
     mixed_precision: Precision = dataclasses.field(default_factory=trained_in)
     first: int = 0
+    only: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,7 +84,7 @@ def contenders(study: Study) -> dict[str, Contender]:
         return DynamicSparse(sparsity=sparsity, bits=bits, **settings)
 
     return {
-        "dense": Contender(Dense(), main=True),
+        CONTROL: Contender(Dense(), main=True),
         "dynamic 90 %": Contender(dynamic(), main=True),
         "dynamic 95 %": Contender(dynamic(0.95), main=True),
         "dynamic 90 %, (8,1)": Contender(dynamic(block_size=(8, 1)), main=True),
@@ -97,23 +102,28 @@ def contenders(study: Study) -> dict[str, Contender]:
 
 
 def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[str, Any]]:
-    """Run what is missing in `out` and return the rows of the whole study."""
-    study_folder(out, study, free=("first",))
+    """Run what is missing in `out` and return the rows of the whole study.
+
+    Raises:
+        ValueError: `only` names a contender that there is none of.
+    """
+    every = contenders(study)
+    wanted = chosen(every, CONTROL, study.only, study.first)
+    study_folder(out, study, free=("first", "only"))
     console = Console()
     task = SentimentClassification(study.length).load(data)
     base = _base(study, task, out)
     scores: dict[str, dict[str, Any]] = {}
-    wanted = contenders(study)
-    fewer = "dense"
+    fewer = CONTROL
     if study.fewer_items != study.items:
-        fewer = f"dense, {study.fewer_items} reviews"
-    for label, contender in list(wanted.items())[: study.first or None]:
-        source = wanted[contender.tuned_as or label].method
+        fewer = f"{CONTROL}, {study.fewer_items} reviews"
+    for label, contender in wanted.items():
+        source = every[contender.tuned_as or label].method
         loaded, method = _tune(study, task, contender.tuned_as or label, source, base, out)
         if contender.tuned_as is not None:
             method = _with_weights(contender.method, method)
         limits = {label: study.items} if contender.main else {label: study.fewer_items}
-        if label == "dense":
+        if label == CONTROL:
             limits[fewer] = study.fewer_items
         for name, limit in limits.items():
             file = out / f"score-{slug(name)}.json"
@@ -131,7 +141,7 @@ def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[st
                 entry["control"] = fewer
             scores[name] = entry
             console.print(f"{name}: {entry['value']:.4f} at density {entry['density']:.4f}")
-    return rows_against(Against("minilm", task, "dense", study.seed), scores)
+    return rows_against(Against("minilm", task, CONTROL, study.seed), scores)
 
 
 def _base(study: Study, task: SentimentClassification, out: Path) -> Path:

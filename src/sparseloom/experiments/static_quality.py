@@ -21,10 +21,10 @@ from typing import Any, Literal, cast
 import torch
 from rich.console import Console
 
-from sparseloom.errors import unknown_name
 from sparseloom.experiments.contenders import (
     Against,
     Log,
+    chosen,
     rows_against,
     scored,
     slug,
@@ -148,31 +148,14 @@ def contenders(study: Study) -> dict[str, Contender]:
     return found
 
 
-def chosen(study: Study) -> list[tuple[str, Contender]]:
-    """The contenders that run, by name.
-
-    Raises:
-        ValueError: `only` names one that there is none of.
-    """
-    every = contenders(study)
-    names = [name.strip() for name in study.only.split(";") if name.strip()]
-    for name in names:
-        if name not in every:
-            raise unknown_name("only", name, every)
-    return [
-        (name, one)
-        for name, one in list(every.items())[: study.first or None]
-        if not names or name in (CONTROL, *names)
-    ]
-
-
 def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[str, Any]]:
     """Run what is missing in `out` and return the rows of the whole study.
 
     Raises:
-        ValueError: an unknown task, or no `base` for the image task.
+        ValueError: an unknown task or contender, or no `base` for the image task.
     """
-    wanted, task = chosen(study), _task(study, data)
+    wanted = chosen(contenders(study), CONTROL, study.only, study.first)
+    task = _task(study, data)
     study_folder(out, study, free=("first", "only"))
     console = Console(stderr=True)
     run = _Run(study, out, task)
@@ -181,7 +164,7 @@ def run_study(study: Study, out: Path, data: Path | None = None) -> list[dict[st
     fewer = CONTROL
     if study.fewer_items != study.items:
         fewer = f"{CONTROL}, {study.fewer_items} items"
-    for label, contender in wanted:
+    for label, contender in wanted.items():
         loaded, method = run.tuned(label, contender)
         limits = {label: study.items if contender.main else study.fewer_items}
         if label == CONTROL:
